@@ -1,0 +1,1 @@
+//! The host agent: one driver task per capsule.

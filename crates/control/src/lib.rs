@@ -1,0 +1,1 @@
+//! The control plane: REST over a database, and the hosts it steers.

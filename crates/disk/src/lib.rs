@@ -1,0 +1,1 @@
+//! Images and copy-on-write root disks.

@@ -1,0 +1,1 @@
+//! The guest agent: init and process server inside a capsule.

@@ -1,0 +1,1 @@
+//! Firecracker's HTTP API served by QEMU, for hosts without KVM.

@@ -1,0 +1,1 @@
+//! Capsule networks: slots, namespaces, veth pairs, taps and the firewall.

@@ -1,0 +1,1 @@
+//! The reverse proxy between control plane, host agent and guest.

@@ -1,0 +1,1 @@
+//! Real parts for tests: PostgreSQL, capsules, SDK runners, and the fake agent.

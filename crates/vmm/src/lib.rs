@@ -1,0 +1,1 @@
+//! Firecracker: API client and process supervision.
