@@ -141,7 +141,7 @@ impl Drop for Up {
 }
 
 fn spawn(dir: &Path, options: &Options) -> (Child, Ready) {
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.with_extension("log")).unwrap();
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("up.log")).unwrap();
     let mut command = Command::new(program("wrenn"));
     command.args(["up", "--json", "--listen", "127.0.0.1:0", "--dir"]).arg(dir).args(&options.args);
     match &options.database_url {
@@ -151,7 +151,7 @@ fn spawn(dir: &Path, options: &Options) -> (Child, Ready) {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-    let log = || std::fs::read_to_string(dir.with_extension("log")).unwrap_or_default();
+    let log = || std::fs::read_to_string(dir.join("up.log")).unwrap_or_default();
     let ready = serde_json::from_str(&line).unwrap_or_else(|error| panic!("`wrenn up` said {line:?} ({error}): {}", log()));
     (child, ready)
 }
