@@ -1,13 +1,13 @@
 //! What all capsules of one agent share: its configuration, network, disks, images and cgroups.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::id::CapsuleId;
-use disk::Disks;
+use disk::{Disks, ImageName};
 use network::Network;
 use sha2::{Digest, Sha256};
-use vmm::process::Cgroup;
+use vmm::cgroup::Cgroup;
 
 /// How an agent is set up. Complete before anything is opened.
 #[derive(Debug, Clone)]
@@ -51,23 +51,27 @@ pub enum Error {
     /// An image.
     #[error("importing the image of template `{0}`")]
     Image(String, #[source] disk::Error),
+    /// An image's name.
+    #[error("the template name `{0}`")]
+    ImageName(String, #[source] disk::InvalidName),
     /// The cgroups.
     #[error("making the cgroup of this agent")]
-    Cgroup(#[source] vmm::process::Error),
+    Cgroup(#[source] vmm::cgroup::Error),
 }
 
 impl Host {
-    /// Opens everything; images are imported if they are not there yet.
+    /// Opens everything; images are imported if they are not there yet. Blocks for as long as that takes.
     pub async fn open(mut config: Config) -> Result<Self, Error> {
         let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
         config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
         let instance = instance(&config.dir);
         let network = Network::open(network::Config { instance: instance.clone() }).await.map_err(Error::Network)?;
-        let disks = Disks::open(&config.dir).await.map_err(Error::Disks)?;
+        let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         let mut images = BTreeMap::new();
         for (name, file) in &config.templates {
-            let image = disks.import_image(file, name).await.map_err(|source| Error::Image(name.clone(), source))?;
+            let image_name: ImageName = name.parse().map_err(|source| Error::ImageName(name.clone(), source))?;
+            let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
         let host = Self { config, network, disks, cgroups, images };
@@ -79,6 +83,13 @@ impl Host {
     /// The directory of all capsules' directories.
     pub fn capsules(&self) -> PathBuf {
         self.disks.root().join("capsules")
+    }
+
+    /// Makes a root disk of `size` bytes.
+    pub async fn clone_image(&self, image: &Path, dest: &Path, size: u64) -> Result<(), disk::Error> {
+        let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
+        let cloned = tokio::task::spawn_blocking(move || backend.clone(&image, &dest, Some(size))).await;
+        cloned.expect("cloning does not panic and is not aborted")
     }
 
     /// The cgroup in which the VMM of a capsule and all its children live.
@@ -102,7 +113,7 @@ impl Host {
 }
 
 /// Names what is machine-wide (claims, cgroup, firewall table) after the data directory.
-fn instance(dir: &std::path::Path) -> String {
+fn instance(dir: &Path) -> String {
     let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
     hex::encode(&digest[..4])
 }

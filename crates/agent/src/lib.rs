@@ -38,6 +38,12 @@ pub enum Error {
     /// What an earlier run left could not be taken over.
     #[error("taking over from an earlier run")]
     Recover(#[from] recover::Error),
+    /// A capsule is still there.
+    #[error("capsules are still being ended")]
+    InUse,
+    /// The cgroup is still in use.
+    #[error("removing the agent's control group")]
+    Cgroup(#[source] vmm::cgroup::Error),
     /// The disks are still in use.
     #[error("closing the disks")]
     Disks(#[source] disk::Error),
@@ -142,14 +148,20 @@ impl Agent {
 
     /// Ends every capsule.
     pub async fn destroy_all(&self) {
-        join_all(self.list().iter().map(Handle::destroy)).await;
+        join_all(self.list().iter().map(|handle| async {
+            handle.destroy().await;
+            handle.gone().await;
+        }))
+        .await;
     }
 
     /// Gives back what the agent itself holds. Only for an agent without capsules; one that merely stops leaves all as
     /// it is, for the next to take over.
     pub async fn close(self) -> Result<(), Error> {
-        self.host.network.close().await.map_err(Error::Network)?;
-        self.host.disks.close().await.map_err(Error::Disks)
+        let host = Arc::into_inner(self.host).ok_or(Error::InUse)?;
+        host.network.close().await.map_err(Error::Network)?;
+        host.cgroups.remove().await.map_err(Error::Cgroup)?;
+        host.disks.close().map_err(Error::Disks)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<CapsuleId, Entry>> {

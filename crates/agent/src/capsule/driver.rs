@@ -20,6 +20,7 @@ struct Driver {
     host: Arc<Host>,
     journal: Journal,
     commands: mpsc::Receiver<Command>,
+    /// Last, so that it is dropped last: who sees it closed knows that `host` is let go.
     observed: watch::Sender<Observed>,
 }
 

@@ -112,6 +112,12 @@ impl Handle {
         self.wait(Observed::has_ended).await
     }
 
+    /// Waits until the driver itself is gone, and with it its hold on what capsules share.
+    pub async fn gone(&self) {
+        let mut observed = self.observed.clone();
+        while observed.changed().await.is_ok() {}
+    }
+
     async fn wait(&self, mut condition: impl FnMut(&Observed) -> bool) -> Observed {
         let mut observed = self.observed.clone();
         match observed.wait_for(|observed| condition(observed)).await {

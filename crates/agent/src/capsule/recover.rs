@@ -28,7 +28,7 @@ pub enum Error {
     Network(#[source] network::Error),
     /// The processes of an earlier run could not be listed.
     #[error("looking for processes of an earlier run")]
-    Processes(#[source] vmm::process::Error),
+    Processes(#[source] vmm::cgroup::Error),
 }
 
 /// Takes over or gives back everything an earlier agent had, and hands out the capsules that run.
@@ -43,11 +43,11 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         }
     }
     let known: HashSet<CapsuleId> = running.iter().map(|(journal, _)| journal.record().spec.id).collect();
-    for cgroup in host.cgroups.children().map_err(Error::Processes)? {
-        // A cgroup without a directory is one whose removal was cut short after its directory had gone.
-        if !cgroup.name().parse().is_ok_and(|id| known.contains(&id)) {
-            let _ = cgroup.kill().await;
-            let _ = cgroup.remove().await;
+    for name in host.cgroups.list().map_err(Error::Processes)? {
+        if !name.parse().is_ok_and(|id| known.contains(&id)) {
+            let cgroup = host.cgroups.child(&name);
+            cgroup.kill().await.map_err(Error::Processes)?;
+            cgroup.remove().await.map_err(Error::Processes)?;
         }
     }
     for dir in garbage {
@@ -75,11 +75,11 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
 }
 
 /// The capsule in `dir` if it runs and can be taken over.
-fn takeover(_: &Arc<Host>, dir: PathBuf) -> Option<(Journal, Running)> {
+fn takeover(host: &Host, dir: PathBuf) -> Option<(Journal, Running)> {
     let journal = Journal::open(dir)?;
     let record = journal.record();
     let slot = record.slot.filter(|_| record.phase == Phase::Running)?;
-    let process = Process::adopt(record.vmm.as_ref()?).ok()??;
+    let process = Process::adopt(record.vmm.as_ref()?, &host.cgroup(record.spec.id)).ok()??;
     let guest = Arc::new(Guest::new(slot.host_ip(), record.token.clone()));
     Some((journal, Running { process, guest }))
 }

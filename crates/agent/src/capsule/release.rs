@@ -1,8 +1,9 @@
 //! Giving back what a record names, in the reverse order of acquiring it. Every step is idempotent and every step is
 //! tried, so the same function ends a healthy capsule, a half-made one, and what a killed agent left behind.
 
-use api::id::CapsuleId;
 use std::path::Path;
+
+use api::id::CapsuleId;
 
 use super::record::Record;
 use crate::host::Host;
@@ -12,7 +13,7 @@ use crate::host::Host;
 pub enum Error {
     /// The VMM would not die, or its cgroup would not go.
     #[error("ending the VMM")]
-    Vmm(#[source] vmm::process::Error),
+    Vmm(#[source] vmm::cgroup::Error),
     /// The network stayed.
     #[error("removing the network")]
     Network(#[source] network::Error),

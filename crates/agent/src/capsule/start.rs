@@ -1,6 +1,7 @@
 //! Starting a capsule: slot, then network and disk at once, then the VMM, then the guest's first answer.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use crate::host::Host;
 
 /// From the VMM's start to the guest's first answer. A loaded machine without KVM needs seconds; nothing needs this.
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
+/// From the VMM's exec to its API.
+const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 
 /// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
@@ -39,6 +42,9 @@ pub enum Error {
     /// The root disk could not be made.
     #[error("making the root disk")]
     Disk(#[source] disk::Error),
+    /// The VMM's cgroup could not be made.
+    #[error("making the VMM's control group")]
+    Cgroup(#[source] vmm::cgroup::Error),
     /// The VMM process could not be started.
     #[error("starting the VMM")]
     Launch(#[source] vmm::process::Error),
@@ -78,26 +84,27 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let rootfs = journal.dir().join("rootfs.ext4");
     let size = u64::from(spec.disk_mib) << 20;
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (network, disk) = tokio::join!(host.network.create(slot), host.disks.clone_image(image, &rootfs, Some(size)));
+    let (network, disk) = tokio::join!(host.network.create(slot), host.clone_image(image, &rootfs, size));
     network.map_err(Error::Network)?;
     disk.map_err(Error::Disk)?;
     stop_if(cancelled)?;
 
     let cgroup = host.cgroup(spec.id);
-    let process = Process::launch(&Launch {
+    cgroup.create().map_err(Error::Cgroup)?;
+    let launch = Launch {
         binary: &host.config.vmm,
         id: &spec.id.to_string(),
         dir: journal.dir(),
         netns: &slot.netns_path(),
         cgroup: &cgroup,
         log: &journal.dir().join("vmm.log"),
-    })
-    .await
-    .map_err(Error::Launch)?;
+    };
+    let process = launch.spawn().await.map_err(Error::Launch)?;
     journal.update(|record| record.vmm = Some(process.identity())).map_err(Error::Record)?;
 
     let booted = async {
-        let client = Client::connect(&journal.dir().join("api.sock"), &process).await.map_err(Error::Configure)?;
+        let socket = journal.dir().join(vmm::API_SOCKET);
+        let client = Client::connect(&socket, SOCKET_LIMIT, &process).await.map_err(Error::Configure)?;
         boot(host, &spec, &client).await.map_err(Error::Configure)?;
         let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
         let health = guest.first_answer().await.map_err(Error::Guest)?;
@@ -125,7 +132,7 @@ async fn boot(host: &Host, spec: &Spec, client: &Client) -> Result<(), vmm::clie
         .configure(&Boot {
             kernel: &host.config.kernel,
             boot_args: BOOT_ARGS,
-            rootfs: &vmm::CAPSULE_DIR.join("rootfs.ext4"),
+            rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             tap: network::slot::TAP,
