@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use guest_api::{Health, Init, PORT};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{StatusCode, Uri};
@@ -20,7 +20,7 @@ use crate::Agent;
 use crate::capsule::Counted;
 
 /// The header in which envd wants its token. Whatever a caller sends in it is replaced.
-const TOKEN: HeaderName = HeaderName::from_static("x-access-token");
+const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
 /// A guest that is not up yet drops the first packet of a dial, and the kernel repeats it only after a second: dialling
 /// anew is faster.
 const DIAL: Duration = Duration::from_millis(50);
@@ -85,8 +85,8 @@ impl Guest {
         let init = Init {
             access_token: Some(self.token.clone()),
             default_user: Some("root".into()),
-            env_vars: Some(default_env.clone()),
-            timestamp: Some(humantime::format_rfc3339_nanos(std::time::SystemTime::now()).to_string()),
+            env_vars: Some(default_env.clone().into_iter().collect()),
+            timestamp: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64()),
             ..Init::default()
         };
         let body = serde_json::to_vec(&init).expect("an Init has only JSON types");

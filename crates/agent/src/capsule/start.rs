@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use network::slot::{GUEST_MAC, TAP};
 use tokio_util::sync::CancellationToken;
 use vmm::client::{Boot, Client};
 use vmm::process::{Launch, Process};
@@ -78,13 +79,13 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let spec = journal.record().spec.clone();
     let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
 
-    let slot = host.network.claim().map_err(Error::Claim)?;
+    let slot = host.claim_slot().map_err(Error::Claim)?;
     journal.update(|record| record.slot = Some(slot)).map_err(Error::Record)?;
 
     let rootfs = journal.dir().join("rootfs.ext4");
     let size = u64::from(spec.disk_mib) << 20;
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (network, disk) = tokio::join!(host.network.create(slot), host.clone_image(image, &rootfs, size));
+    let (network, disk) = tokio::join!(host.create_network(slot), host.clone_image(image, &rootfs, size));
     network.map_err(Error::Network)?;
     disk.map_err(Error::Disk)?;
     stop_if(cancelled)?;
@@ -128,6 +129,7 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
 }
 
 async fn boot(host: &Host, spec: &Spec, client: &Client) -> Result<(), vmm::client::Error> {
+    let mac = GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":");
     client
         .configure(&Boot {
             kernel: &host.config.kernel,
@@ -135,8 +137,8 @@ async fn boot(host: &Host, spec: &Spec, client: &Client) -> Result<(), vmm::clie
             rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
-            tap: network::slot::TAP,
-            mac: network::slot::GUEST_MAC,
+            tap: TAP,
+            mac: &mac,
         })
         .await?;
     client.start().await
