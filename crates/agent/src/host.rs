@@ -112,15 +112,15 @@ impl Host {
     }
 
     /// Makes the network of a claimed slot.
-    pub async fn create_network(&self, slot: Slot) -> Result<(), network::Error> {
+    pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
-        blocking(move || network.create(slot)).await
+        blocking(move || network.create(slot))
     }
 
     /// Removes the network of a slot, and its claim.
-    pub async fn destroy_network(&self, slot: Slot) -> Result<(), network::Error> {
+    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
-        blocking(move || network.destroy(slot)).await
+        blocking(move || network.destroy(slot))
     }
 
     /// Removes every slot of an earlier run that is not in `keep`.
@@ -137,9 +137,14 @@ impl Host {
     }
 
     /// Makes a root disk of `size` bytes.
-    pub async fn clone_image(&self, image: &Path, dest: &Path, size: u64) -> Result<(), disk::Error> {
+    pub fn clone_image(
+        &self,
+        image: &Path,
+        dest: &Path,
+        size: u64,
+    ) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
         let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
-        blocking(move || backend.clone(&image, &dest, Some(size))).await
+        blocking(move || backend.clone(&image, &dest, Some(size)))
     }
 
     /// The cgroup in which the VMM of a capsule and all its children live.

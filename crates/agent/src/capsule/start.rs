@@ -11,7 +11,6 @@ use vmm::client::{Boot, Client};
 use vmm::process::{Launch, Process};
 
 use super::record::{Journal, Phase};
-use super::Spec;
 use crate::guest::{self, Guest};
 use crate::host::Host;
 
@@ -103,10 +102,20 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let process = launch.spawn().await.map_err(Error::Launch)?;
     journal.update(|record| record.vmm = Some(process.identity())).map_err(Error::Record)?;
 
+    let boot = Boot {
+        kernel: &host.config.kernel,
+        boot_args: BOOT_ARGS,
+        rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        tap: TAP,
+        mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
+    };
     let booted = async {
         let socket = journal.dir().join(vmm::API_SOCKET);
         let client = Client::connect(&socket, SOCKET_LIMIT, &process).await.map_err(Error::Configure)?;
-        boot(host, &spec, &client).await.map_err(Error::Configure)?;
+        client.configure(&boot).await.map_err(Error::Configure)?;
+        client.start().await.map_err(Error::Configure)?;
         let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
         let health = guest.first_answer().await.map_err(Error::Guest)?;
         guest.init(&spec.default_env).await.map_err(Error::Guest)?;
@@ -126,22 +135,6 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
         })
         .map_err(Error::Record)?;
     Ok(Running { process, guest: Arc::new(guest) })
-}
-
-async fn boot(host: &Host, spec: &Spec, client: &Client) -> Result<(), vmm::client::Error> {
-    let mac = GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":");
-    client
-        .configure(&Boot {
-            kernel: &host.config.kernel,
-            boot_args: BOOT_ARGS,
-            rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
-            tap: TAP,
-            mac: &mac,
-        })
-        .await?;
-    client.start().await
 }
 
 fn stop_if(cancelled: &CancellationToken) -> Result<(), Error> {
