@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -12,8 +12,8 @@ use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
-use proxy::Upstream;
+use http_body_util::Full;
+use proxy::{Upstream, boxed};
 use tokio::net::TcpStream;
 
 use crate::Agent;
@@ -37,7 +37,7 @@ pub enum Error {
     Ask(#[source] proxy::Error),
     /// The answer broke off or was too long.
     #[error("reading envd's answer")]
-    Read(#[source] proxy::BodyError),
+    Read(#[source] axum::Error),
     /// An answer, but not the one that was hoped for.
     #[error("envd answered {status} to {path}: {body}")]
     Refused { path: &'static str, status: StatusCode, body: String },
@@ -99,11 +99,11 @@ impl Guest {
             .uri(path)
             .header(CONTENT_TYPE, "application/json")
             .header(TOKEN, &self.token)
-            .body(Full::new(body))
+            .body(boxed(Full::new(body)))
             .expect("the parts of this request are constants and a hex token");
         let response = self.upstream.forward(request).await.map_err(Error::Ask)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await.map_err(Error::Read)?.to_bytes();
+        let body = to_bytes(Body::new(response.into_body()), ANSWER_LIMIT).await.map_err(Error::Read)?;
         if status.is_success() {
             return Ok(body);
         }
@@ -127,7 +127,7 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     *request.uri_mut() = Uri::from(path);
     let token = HeaderValue::from_str(&guest.token).expect("a token is hex");
     request.headers_mut().insert(TOKEN, token);
-    let request = request.map(|body| Counted::new(body, capsule.traffic.clone()));
+    let request = request.map(|body| boxed(Counted::new(body, capsule.traffic.clone())));
     match guest.upstream.forward(request).await {
         Ok(response) => response.map(|body| Body::new(Counted::new(body, capsule.traffic))),
         Err(error) => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", crate::chain(&error)),

@@ -1,5 +1,6 @@
 //! Starting a capsule: slot, then network and disk at once, then the VMM, then the guest's first answer.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -111,18 +112,10 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
         tap: TAP,
         mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
     };
-    let booted = async {
-        let socket = journal.dir().join(vmm::API_SOCKET);
-        let client = Client::connect(&socket, SOCKET_LIMIT, &process).await.map_err(Error::Configure)?;
-        client.configure(&boot).await.map_err(Error::Configure)?;
-        client.start().await.map_err(Error::Configure)?;
-        let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
-        let health = guest.first_answer().await.map_err(Error::Guest)?;
-        guest.init(&spec.default_env).await.map_err(Error::Guest)?;
-        Ok((guest, client.version().to_string(), health.version))
-    };
-    let (guest, vmm_version, envd_version) = tokio::select! {
-        booted = booted => booted?,
+    let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
+    let socket = journal.dir().join(vmm::API_SOCKET);
+    let (vmm_version, envd_version) = tokio::select! {
+        booted = bring_up(&process, &socket, &boot, &guest, &spec.default_env) => booted?,
         exit = process.exited() => return Err(Error::Died(exit.to_string())),
         () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
         () = cancelled.cancelled() => return Err(Error::Cancelled),
@@ -135,6 +128,22 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
         })
         .map_err(Error::Record)?;
     Ok(Running { process, guest: Arc::new(guest) })
+}
+
+/// From a VMM that was just started to a guest that has answered. Returns the versions of both.
+async fn bring_up(
+    process: &Process,
+    socket: &Path,
+    boot: &Boot<'_>,
+    guest: &Guest,
+    default_env: &BTreeMap<String, String>,
+) -> Result<(String, String), Error> {
+    let client = Client::connect(socket, SOCKET_LIMIT, process).await.map_err(Error::Configure)?;
+    client.configure(boot).await.map_err(Error::Configure)?;
+    client.start().await.map_err(Error::Configure)?;
+    let health = guest.first_answer().await.map_err(Error::Guest)?;
+    guest.init(default_env).await.map_err(Error::Guest)?;
+    Ok((client.version().to_string(), health.version))
 }
 
 fn stop_if(cancelled: &CancellationToken) -> Result<(), Error> {
