@@ -1,1 +1,175 @@
-//! The host agent: one driver task per capsule.
+//! The host agent: makes capsules on one machine and keeps them, whatever happens to the agent itself.
+//!
+//! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
+//! same listener ([`guest`]); behind both, one driver task owns each capsule ([`capsule`]).
+
+pub mod capsule;
+pub mod guest;
+pub mod host;
+mod rpc;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use api::id::CapsuleId;
+use axum::Router;
+use axum::routing::any;
+use futures::future::join_all;
+
+use capsule::recover::{self, recover};
+use capsule::{Handle, Spec, driver, record::Journal};
+pub use host::Config;
+use host::Host;
+
+/// How long the agent remembers a capsule that has ended, for callers that ask what became of it.
+const REMEMBER: Duration = Duration::from_secs(600);
+/// How many of those at most; the oldest go first.
+const REMEMBER_MOST: usize = 1000;
+
+/// Starting an agent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What capsules share could not be opened.
+    #[error("opening this host")]
+    Host(#[from] host::Error),
+    /// What an earlier run left could not be taken over.
+    #[error("taking over from an earlier run")]
+    Recover(#[from] recover::Error),
+    /// A capsule is still there.
+    #[error("capsules are still being ended")]
+    InUse,
+    /// The cgroup is still in use.
+    #[error("removing the agent's control group")]
+    Cgroup(#[source] vmm::cgroup::Error),
+    /// The disks are still in use.
+    #[error("closing the disks")]
+    Disks(#[source] disk::Error),
+    /// The network is still in use.
+    #[error("closing the network")]
+    Network(#[source] network::Error),
+}
+
+/// One host's agent. Clones are the same agent.
+#[derive(Clone)]
+pub struct Agent {
+    host: Arc<Host>,
+    capsules: Arc<Mutex<HashMap<CapsuleId, Entry>>>,
+}
+
+struct Entry {
+    handle: Handle,
+    /// When it was first seen to have ended.
+    ended: Option<Instant>,
+}
+
+impl Agent {
+    /// Opens the host and takes over what runs on it.
+    pub async fn open(config: Config) -> Result<Self, Error> {
+        let host = Arc::new(Host::open(config).await?);
+        let running = recover(&host).await?;
+        let entries = running.into_iter().map(|(id, handle)| (id, Entry { handle, ended: None })).collect();
+        Ok(Self { host, capsules: Arc::new(Mutex::new(entries)) })
+    }
+
+    /// Lifecycle RPC and guest traffic.
+    pub fn router(&self) -> Router {
+        Router::new()
+            .route("/guest/{*path}", any(guest::forward))
+            .with_state(self.clone())
+            .merge(rpc::router(self.clone()))
+    }
+
+    /// The capsule of that id, running or lately ended.
+    pub fn capsule(&self, id: CapsuleId) -> Option<Handle> {
+        self.lock().get(&id).map(|entry| entry.handle.clone())
+    }
+
+    /// Starts a capsule, or answers with the one of that id that is already there.
+    fn create(&self, spec: Spec) -> io::Result<Handle> {
+        let mut capsules = self.lock();
+        if let Some(entry) = capsules.get(&spec.id) {
+            return Ok(entry.handle.clone());
+        }
+        let id = spec.id;
+        let mut token = [0; 32];
+        getrandom::fill(&mut token).map_err(io::Error::other)?;
+        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, hex::encode(token))?;
+        let handle = driver::spawn_start(self.host.clone(), journal);
+        capsules.insert(id, Entry { handle: handle.clone(), ended: None });
+        Ok(handle)
+    }
+
+    fn has_image(&self, name: &str) -> bool {
+        self.host.images.contains_key(name)
+    }
+
+    fn images(&self) -> Vec<String> {
+        self.host.images.keys().cloned().collect()
+    }
+
+    fn vmm_name(&self) -> String {
+        self.host.config.vmm.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
+    /// Every capsule of this host, those that lately ended included.
+    fn list(&self) -> Vec<Handle> {
+        self.lock().values().map(|entry| entry.handle.clone()).collect()
+    }
+
+    /// Forgets capsules that ended long ago, until `shutdown`.
+    pub async fn forget_ended(self, shutdown: impl Future<Output = ()>) {
+        let mut tick = tokio::time::interval(Duration::from_secs(30));
+        tokio::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => return,
+                _ = tick.tick() => self.forget(Instant::now()),
+            }
+        }
+    }
+
+    fn forget(&self, now: Instant) {
+        let mut capsules = self.lock();
+        let mut ended = Vec::new();
+        for (id, entry) in capsules.iter_mut().filter(|(_, entry)| entry.handle.observed().has_ended()) {
+            ended.push((*entry.ended.get_or_insert(now), *id));
+        }
+        ended.sort_unstable();
+        let surplus = ended.len().saturating_sub(REMEMBER_MOST);
+        for (index, (since, id)) in ended.into_iter().enumerate() {
+            if index < surplus || now.duration_since(since) > REMEMBER {
+                capsules.remove(&id);
+            }
+        }
+    }
+
+    /// Ends every capsule.
+    pub async fn destroy_all(&self) {
+        join_all(self.list().iter().map(|handle| async {
+            handle.destroy().await;
+            handle.gone().await;
+        }))
+        .await;
+    }
+
+    /// Gives back what the agent itself holds. Only for an agent without capsules; one that merely stops leaves all as
+    /// it is, for the next to take over.
+    pub async fn close(self) -> Result<(), Error> {
+        let host = Arc::into_inner(self.host).ok_or(Error::InUse)?;
+        host.network.close().await.map_err(Error::Network)?;
+        host.cgroups.remove().await.map_err(Error::Cgroup)?;
+        host.disks.close().map_err(Error::Disks)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<CapsuleId, Entry>> {
+        self.capsules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,1 +1,105 @@
 //! Images and copy-on-write root disks.
+//!
+//! A capsule's root disk is a private, writable file that begins as an immutable image. [`Disks::open`] finds out how
+//! the data directory can make one without copying: by reflink where its file system can, on an XFS volume in a loop
+//! device where it cannot, and by a sparse copy when there is neither. Everything that shares blocks (images, capsule
+//! directories) lives below [`Disks::root`].
+//!
+//! This crate owns the volume, its mount and its loop device, and the `images` directory. It does not look inside a
+//! file system image, and it does not know what a capsule is: where a disk goes and when it is removed is the caller's.
+//!
+//! Every call blocks on the file system; none takes part in an async runtime.
+
+mod backend;
+mod error;
+mod image;
+mod loop_device;
+mod sparse;
+mod volume;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub use backend::Backend;
+pub use error::Error;
+pub use image::{ImageName, InvalidName};
+use volume::Volume;
+
+/// The images and root disks of one data directory.
+///
+/// Dropping it leaves the volume mounted, as a killed agent does, and the next [`Disks::open`] uses it as it is:
+/// capsules outlive the agent. [`Disks::close`] is the orderly end.
+#[derive(Debug)]
+pub struct Disks {
+    backend: Backend,
+    root: PathBuf,
+    volume: Option<Volume>,
+}
+
+impl Disks {
+    /// Prepares `dir`, an existing directory that no other agent uses.
+    ///
+    /// A volume that was made before is used whatever else the directory could do, because the disks are in it; if it
+    /// cannot be mounted, that is an error and not a reason to begin afresh without them.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        Self::open_with(dir, "mkfs.xfs".as_ref())
+    }
+
+    fn open_with(dir: &Path, mkfs: &OsStr) -> Result<Self, Error> {
+        let dir = fs::canonicalize(dir).map_err(Error::directory(dir))?;
+        let disks = if Volume::exists(&dir) {
+            Self::on(Volume::mount(&dir)?)
+        } else if Backend::Reflink.works_in(&dir)? {
+            Self { backend: Backend::Reflink, root: dir, volume: None }
+        } else {
+            match Volume::create(&dir, mkfs) {
+                Ok(volume) => Self::on(volume),
+                Err(error @ Error::NoSpace { .. }) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "no XFS volume here: root disks will be whole copies, slow to make and large"
+                    );
+                    Self { backend: Backend::Copy, root: dir, volume: None }
+                }
+            }
+        };
+        let images = disks.images();
+        fs::create_dir_all(&images).map_err(Error::directory(&images))?;
+        tracing::info!(backend = ?disks.backend, root = %disks.root.display(), "root disks are ready");
+        Ok(disks)
+    }
+
+    fn on(volume: Volume) -> Self {
+        Self { backend: Backend::Reflink, root: volume.mount_point().to_owned(), volume: Some(volume) }
+    }
+
+    /// Where images and capsule directories live: the data directory, or the volume mounted in it.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// How root disks are made here.
+    pub fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    /// Takes a built image file into the `images` directory and returns its path there, which is made of `name` and
+    /// its content. Taking the same content again changes nothing. Holes stay holes.
+    pub fn import_image(&self, src: &Path, name: &ImageName) -> Result<PathBuf, Error> {
+        image::import(src, name, &self.images(), self.backend)
+    }
+
+    /// Unmounts the volume, which also frees its loop device. [`Error::Busy`] when something still uses it.
+    pub fn close(self) -> Result<(), Error> {
+        self.volume.map_or(Ok(()), Volume::unmount)
+    }
+
+    fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+}

@@ -1,4 +1,10 @@
-//! The contract between the platform and envd, the agent inside a capsule: generated types, and a client.
+//! The contract between the platform and envd, the agent inside a capsule: generated types and client for the Connect
+//! services, and the JSON bodies of the plain HTTP endpoints.
+//!
+//! It owns shapes only: no transport, no policy, no defaults of the platform.
+
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 
 /// Messages, client and service trait, generated from `proto/process/process.proto`.
 #[allow(missing_docs, clippy::all, dead_code)]
@@ -7,3 +13,109 @@ pub mod proto {
 }
 
 pub use proto::process;
+
+/// The TCP port envd listens on inside a capsule.
+pub const PORT: u16 = 49983;
+
+/// The header that carries the capsule's access token, on every request once `/init` has set one.
+pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
+
+/// The header of `/init`'s answer that carries envd's version.
+pub const VERSION_HEADER: &str = "x-envd-version";
+
+/// Answer of `GET /health`: 200 as soon as envd serves. Needs no token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// envd's version, `major.minor.patch`.
+    pub version: String,
+}
+
+/// Body of `POST /init`, which gives a started or resumed guest what only the host knows. Idempotent.
+///
+/// Answers: 204; 401 when a token is set already and `access_token` is not the same; 400 for a body that does not parse.
+/// Absent fields leave the guest as it is. Unknown fields (E2B sends `hyperloopIP`, `volumeMounts` and others) are ignored.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Init {
+    /// The token every later request must carry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// The user processes run as when the caller names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_user: Option<String>,
+    /// The directory processes start in when the caller names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_workdir: Option<String>,
+    /// The environment of every process; replaces what an earlier call set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<HashMap<String, String>>,
+    /// The host's wall clock as the call leaves it, in seconds since the epoch; RFC 3339 text is understood too. A call with
+    /// an older time than the newest one seen changes nothing.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "timestamp::deserialize")]
+    pub timestamp: Option<f64>,
+}
+
+/// The error body of every plain HTTP endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HttpError {
+    /// The HTTP status.
+    pub code: u16,
+    /// What went wrong, for a person.
+    pub message: String,
+}
+
+/// Both spellings of a point in time that callers of `/init` use.
+mod timestamp {
+    use buffa_types::google::protobuf::Timestamp;
+    use serde::{Deserialize, Deserializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Wire {
+        Seconds(f64),
+        Rfc3339(Timestamp),
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+        Ok(Option::<Wire>::deserialize(deserializer)?.map(|wire| match wire {
+            Wire::Seconds(seconds) => seconds,
+            Wire::Rfc3339(time) => time.seconds as f64 + f64::from(time.nanos) / 1e9,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn init(json: &str) -> Init {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn init_understands_both_timestamps() {
+        assert_eq!(init(r#"{"timestamp": 1700000000.25}"#).timestamp, Some(1_700_000_000.25));
+        assert_eq!(init(r#"{"timestamp": "2023-11-14T22:13:20.250Z"}"#).timestamp, Some(1_700_000_000.25));
+        assert_eq!(init(r#"{"timestamp": "2023-11-14T23:13:20+01:00"}"#).timestamp, Some(1_700_000_000.0));
+        assert_eq!(init(r#"{"timestamp": null}"#).timestamp, None);
+        assert!(serde_json::from_str::<Init>(r#"{"timestamp": "yesterday"}"#).is_err());
+    }
+
+    #[test]
+    fn init_is_camel_case_and_tolerant() {
+        let body = r#"{"accessToken":"t","defaultUser":"u","defaultWorkdir":"/w","envVars":{"A":"1"},
+            "hyperloopIP":"169.254.0.23","volumeMounts":[{"nfs_target":"x","path":"/y"}],"lifecycleID":"z"}"#;
+        let expected = Init {
+            access_token: Some("t".into()),
+            default_user: Some("u".into()),
+            default_workdir: Some("/w".into()),
+            env_vars: Some([("A".to_owned(), "1".to_owned())].into()),
+            timestamp: None,
+        };
+        assert_eq!(init(body), expected);
+        assert_eq!(init("{}"), Init::default());
+        assert_eq!(serde_json::to_string(&Init::default()).unwrap(), "{}");
+        let text = serde_json::to_string(&expected).unwrap();
+        assert_eq!(init(&text), expected);
+    }
+}

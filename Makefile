@@ -1,0 +1,57 @@
+# The same words everywhere: build · images · demo · test · lint · bench-NAME · dev
+# `make demo` and `make test` work on a fresh Debian 12 machine with git and a Rust toolchain; see README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/wrenn
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+STATIC := x86_64-unknown-linux-gnu
+ENVD := $(TARGET)/envd
+export WRENN_CACHE := $(CACHE)
+
+.PHONY: build images demo test lint dev setup envd
+.SILENT:
+
+## Debian packages that building and running need.
+setup:
+	tools/setup.sh
+
+## The guest agent: one static file.
+envd: setup
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build -q --release -p envd --target $(STATIC)
+	install -m 0755 -D $(TARGET)/$(STATIC)/release/envd $(ENVD)
+
+## Release binaries in target/release: wrenn, firecracker-qemu, envd.
+build: envd
+	cargo build --release -p wrenn -p firecracker-qemu
+	install -m 0755 $(ENVD) $(TARGET)/release/envd
+
+## Kernel and default template, built once per machine.
+images: envd
+	images/build.sh $(CACHE)/images $(ENVD)
+
+## From nothing to code running in a microVM.
+demo: build
+	tools/demo.sh $(TARGET)/release/wrenn
+
+## Everything, against real parts. NAME=... runs the tests whose names contain it.
+test: images
+	cargo build --workspace --bins --lib
+	install -m 0755 $(ENVD) $(TARGET)/debug/envd
+	cargo nextest run --workspace --no-fail-fast $(NAME)
+
+## Formatting, warnings, licences and dependency policy.
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	tools/deny.sh
+
+## Runs `wrenn up` from the sources as they are, with a data directory of its own.
+dev: images
+	cargo build -p wrenn -p firecracker-qemu
+	install -m 0755 $(ENVD) $(TARGET)/debug/envd
+	$(TARGET)/debug/wrenn up --dir $(CACHE)/dev
+
+bench-%: build images
+	cargo run --release -q -p benches --bin $*

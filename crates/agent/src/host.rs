@@ -1,0 +1,119 @@
+//! What all capsules of one agent share: its configuration, network, disks, images and cgroups.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use api::id::CapsuleId;
+use disk::{Disks, ImageName};
+use network::Network;
+use sha2::{Digest, Sha256};
+use vmm::cgroup::Cgroup;
+
+/// How an agent is set up. Complete before anything is opened.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where everything of this agent lies. Two agents never share one.
+    pub dir: PathBuf,
+    /// The VMM: `firecracker` or `firecracker-qemu`.
+    pub vmm: PathBuf,
+    /// The guest kernel, an ELF file.
+    pub kernel: PathBuf,
+    /// Image files by template name.
+    pub templates: BTreeMap<String, PathBuf>,
+}
+
+/// The shared parts. Dropping it gives nothing back; see [`crate::Agent::close`].
+pub struct Host {
+    /// How it is set up.
+    pub config: Config,
+    /// Slots and firewall.
+    pub network: Network,
+    /// Root disks.
+    pub disks: Disks,
+    /// The cgroup above all capsules' cgroups.
+    pub cgroups: Cgroup,
+    /// Images by name, imported.
+    pub images: BTreeMap<String, PathBuf>,
+}
+
+/// Opening what capsules share.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The data directory.
+    #[error("opening the data directory {}", .0.display())]
+    Dir(PathBuf, #[source] std::io::Error),
+    /// The network.
+    #[error("opening the network")]
+    Network(#[source] network::Error),
+    /// The disks.
+    #[error("opening the disks")]
+    Disks(#[source] disk::Error),
+    /// An image.
+    #[error("importing the image of template `{0}`")]
+    Image(String, #[source] disk::Error),
+    /// An image's name.
+    #[error("the template name `{0}`")]
+    ImageName(String, #[source] disk::InvalidName),
+    /// The cgroups.
+    #[error("making the cgroup of this agent")]
+    Cgroup(#[source] vmm::cgroup::Error),
+}
+
+impl Host {
+    /// Opens everything; images are imported if they are not there yet. Blocks for as long as that takes.
+    pub async fn open(mut config: Config) -> Result<Self, Error> {
+        let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
+        config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
+        let instance = instance(&config.dir);
+        let network = Network::open(network::Config { instance: instance.clone() }).await.map_err(Error::Network)?;
+        let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
+        let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
+        let mut images = BTreeMap::new();
+        for (name, file) in &config.templates {
+            let image_name: ImageName = name.parse().map_err(|source| Error::ImageName(name.clone(), source))?;
+            let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
+            images.insert(name.clone(), image);
+        }
+        let host = Self { config, network, disks, cgroups, images };
+        let capsules = host.capsules();
+        std::fs::create_dir_all(&capsules).map_err(|source| Error::Dir(capsules, source))?;
+        Ok(host)
+    }
+
+    /// The directory of all capsules' directories.
+    pub fn capsules(&self) -> PathBuf {
+        self.disks.root().join("capsules")
+    }
+
+    /// Makes a root disk of `size` bytes.
+    pub async fn clone_image(&self, image: &Path, dest: &Path, size: u64) -> Result<(), disk::Error> {
+        let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
+        let cloned = tokio::task::spawn_blocking(move || backend.clone(&image, &dest, Some(size))).await;
+        cloned.expect("cloning does not panic and is not aborted")
+    }
+
+    /// The cgroup in which the VMM of a capsule and all its children live.
+    pub fn cgroup(&self, id: CapsuleId) -> Cgroup {
+        self.cgroups.child(&id.to_string())
+    }
+
+    /// What a capsule was started with, as the API shows it.
+    pub fn versions(&self, vmm: String, envd: String) -> BTreeMap<String, String> {
+        let kernel = self.config.kernel.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let kernel = kernel.trim_start_matches("vmlinux-").split('-').next().unwrap_or_default().to_owned();
+        [
+            ("kernel_version", kernel),
+            ("vmm_version", vmm),
+            ("agent_version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("envd_version", envd),
+        ]
+        .map(|(name, version)| (name.to_owned(), version))
+        .into()
+    }
+}
+
+/// Names what is machine-wide (claims, cgroup, firewall table) after the data directory.
+fn instance(dir: &Path) -> String {
+    let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
+    hex::encode(&digest[..4])
+}

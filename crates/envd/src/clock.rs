@@ -1,0 +1,36 @@
+//! The guest's wall clock, which stands still while the guest is paused.
+
+use rustix::time::{ClockId, Timespec};
+use std::io;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// A clock this far behind the host's is set; less is the way the message took.
+const BEHIND: f64 = 0.05;
+/// A clock this far ahead is set; going back a little would do more harm than good.
+const AHEAD: f64 = 5.0;
+
+/// Sets the clock to the host's, in seconds since the epoch, if it is off.
+pub fn follow(host: f64) -> io::Result<()> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64();
+    if !is_off(now, host) {
+        return Ok(());
+    }
+    let time = Duration::try_from_secs_f64(host).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+}
+
+fn is_off(now: f64, host: f64) -> bool {
+    host - now > BEHIND || now - host > AHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_off;
+
+    #[test]
+    fn only_what_matters_is_corrected() {
+        assert!(!is_off(100.0, 100.0) && !is_off(100.0, 100.04) && !is_off(104.0, 100.0));
+        assert!(is_off(100.0, 100.06) && is_off(100.0, 4000.0) && is_off(106.0, 100.0));
+    }
+}

@@ -1,0 +1,117 @@
+//! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
+
+use crate::metrics::Metrics;
+use crate::rpc::Service;
+use crate::settings::{Applied, Settings};
+use crate::{VERSION, clock};
+use axum::body::Bytes;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use axum::{Json, Router};
+use connectrpc::{ConnectRpcService, Limits};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, HttpError, Init, VERSION_HEADER};
+use std::sync::Arc;
+
+/// The largest Connect message: what a caller may send as input at once. Bytes.
+const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+const HEALTH: &str = "/health";
+const INIT: &str = "/init";
+
+/// What the endpoints share.
+#[derive(Clone)]
+pub struct Context {
+    pub settings: Arc<Settings>,
+    pub metrics: Arc<Metrics>,
+    /// envd is init, and the machine's clock is its to set.
+    pub owns_clock: bool,
+}
+
+/// The whole server as one router.
+pub fn router(service: Service, context: Context) -> Router {
+    let limits =
+        Limits::default().with_max_message_size(MESSAGE_BYTES).with_max_request_body_size(MESSAGE_BYTES + 1024);
+    let process = ConnectRpcService::new(connectrpc::Router::new().add_service(Arc::new(service))).with_limits(limits);
+    Router::new()
+        .route(HEALTH, get(health))
+        .route(INIT, post(init))
+        .route("/envs", get(envs))
+        .route("/metrics", get(metrics))
+        .route_service("/process.Process/{method}", process)
+        .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
+        .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed") })
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&context.settings), authenticate))
+        .with_state(context)
+}
+
+/// Once a token is set, everything needs it but the two paths that must work without.
+async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, next: Next) -> Response {
+    let open = matches!((request.method(), request.uri().path()), (&Method::GET, HEALTH) | (&Method::POST, INIT));
+    let token = request.headers().get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
+    if open || settings.admits(token) {
+        next.run(request).await
+    } else {
+        error(StatusCode::UNAUTHORIZED, "missing or wrong access token")
+    }
+}
+
+async fn health() -> Response {
+    no_store(Json(Health { version: VERSION.to_owned() }))
+}
+
+async fn envs(State(context): State<Context>) -> Response {
+    no_store(Json(context.settings.defaults().env))
+}
+
+async fn metrics(State(context): State<Context>) -> Response {
+    match context.metrics.read() {
+        Ok(values) => no_store(Json(values)),
+        Err(failure) => error(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot read metrics: {failure}")),
+    }
+}
+
+/// The body is JSON whatever its content type says; none at all changes nothing.
+async fn init(State(context): State<Context>, body: Bytes) -> Response {
+    let init = match body.as_ref() {
+        [] => Init::default(),
+        body => match serde_json::from_slice::<Init>(body) {
+            Ok(init) => init,
+            Err(reason) => return error(StatusCode::BAD_REQUEST, &format!("invalid body: {reason}")),
+        },
+    };
+    let timestamp = init.timestamp;
+    match context.settings.apply(init) {
+        Err(refused) => return error(StatusCode::UNAUTHORIZED, &refused.to_string()),
+        Ok(Applied::Stale) => {}
+        Ok(Applied::Yes) => {
+            if let Some(host) = timestamp.filter(|_| context.owns_clock)
+                && let Err(failure) = clock::follow(host)
+            {
+                return error(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot set the clock: {failure}"));
+            }
+        }
+    }
+    let version = [(HeaderName::from_static(VERSION_HEADER), HeaderValue::from_static(VERSION))];
+    no_store((StatusCode::NO_CONTENT, version))
+}
+
+fn no_store(response: impl IntoResponse) -> Response {
+    ([(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))], response).into_response()
+}
+
+fn error(status: StatusCode, message: &str) -> Response {
+    (status, Json(HttpError { code: status.as_u16(), message: message.to_owned() })).into_response()
+}
+
+/// Serves until the listener fails. Small writes leave at once: they are somebody's keystrokes.
+pub async fn serve(listener: tokio::net::TcpListener, router: Router) -> std::io::Result<()> {
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+    });
+    axum::serve(listener, router).await
+}

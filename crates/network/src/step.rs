@@ -1,0 +1,82 @@
+//! The steps by which a slot is made, so that each can be named in an error and failed in a test.
+
+use std::fmt;
+use std::io;
+
+/// A step of making or removing a slot, in the order of making.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The slot's elements in the host's table. Before there is a link, so that it never is without rules.
+    Firewall,
+    /// The named network namespace.
+    Namespace,
+    /// Forwarding on and IPv6 off inside it.
+    Sysctl,
+    /// The veth pair, one end inside and one on the host.
+    Veth,
+    /// The tap that the VMM attaches to.
+    Tap,
+    /// Addresses, routes and the guest's neighbour entry inside the namespace.
+    Addresses,
+    /// Address translation inside the namespace.
+    Translation,
+    /// The host's end: its address, and the route to the guest.
+    HostEnd,
+    /// The claim on the slot's number.
+    Claim,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Firewall => "firewall elements",
+            Self::Namespace => "network namespace",
+            Self::Sysctl => "settings inside the namespace",
+            Self::Veth => "veth pair",
+            Self::Tap => "tap",
+            Self::Addresses => "addresses inside the namespace",
+            Self::Translation => "address translation",
+            Self::HostEnd => "host end of the veth pair",
+            Self::Claim => "claim",
+        })
+    }
+}
+
+/// The step that failed, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}")]
+pub struct Failed {
+    /// The step.
+    pub step: Step,
+    /// Why it failed.
+    #[source]
+    pub source: io::Error,
+}
+
+impl Step {
+    pub(crate) fn failed<E: Into<io::Error>>(self) -> impl FnOnce(E) -> Failed {
+        move |source| Failed { step: self, source: source.into() }
+    }
+}
+
+/// Told of each step that is done; a test makes it fail there.
+#[derive(Default)]
+pub(crate) struct Steps {
+    #[cfg(test)]
+    pub(crate) fail_after: std::sync::Mutex<Option<Step>>,
+}
+
+impl Steps {
+    #[cfg(not(test))]
+    pub(crate) fn done(&self, _: Step) -> Result<(), Failed> {
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn done(&self, step: Step) -> Result<(), Failed> {
+        match *self.fail_after.lock().unwrap() {
+            Some(last) if last == step => Err(step.failed()(io::Error::other("injected"))),
+            _ => Ok(()),
+        }
+    }
+}

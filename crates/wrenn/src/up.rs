@@ -1,0 +1,159 @@
+//! `wrenn up`: control plane and agent in one process, on one machine, with a file for a database and a folder for the rest.
+
+use std::fs::{self, File, Permissions, TryLockError};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use agent::Agent;
+use agent_api::Endpoint;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use control::Control;
+use serde::Serialize;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
+
+use crate::terminal::Progress;
+use crate::{images, vmm_choice};
+
+/// Starts Wrenn on this machine: API, host agent, database and disks, all below one directory.
+#[derive(Debug, Args)]
+pub struct Up {
+    /// Where everything is kept [default: /var/lib/wrenn for root].
+    #[arg(long, env = "WRENN_DIR")]
+    dir: Option<PathBuf>,
+    /// Address of the API; port 0 takes a free one.
+    #[arg(long, env = "WRENN_LISTEN", default_value = "127.0.0.1:9725")]
+    listen: String,
+    /// The VMM to use in place of the one that fits this machine.
+    #[arg(long, env = "WRENN_VMM")]
+    vmm: Option<PathBuf>,
+    /// Database to use in place of a file in the directory.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    database_url: Option<String>,
+    /// Print one line of JSON when ready: {"url","api_key","domain","pid"}.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The line that says that all is ready.
+#[derive(Serialize)]
+struct Ready {
+    url: String,
+    api_key: String,
+    domain: String,
+    pid: u32,
+}
+
+impl Up {
+    /// Runs until ctrl-C or SIGTERM, then ends every capsule and gives back everything but the data.
+    pub async fn run(self) -> Result<()> {
+        let progress = Progress::new(self.json);
+        if !rustix::process::geteuid().is_root() {
+            bail!("`wrenn up` needs root: it makes network namespaces, mounts and control groups");
+        }
+        let dir = match self.dir {
+            Some(dir) => dir,
+            None => PathBuf::from("/var/lib/wrenn"),
+        };
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+        let dir = dir.canonicalize()?;
+        let _lock = lock(&dir)?;
+
+        let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
+        progress.say(&choice.sentence);
+        let images = images::prepare(&images::cache()?, &progress).await?;
+
+        progress.say("opening networks and disks");
+        let config = agent::Config { dir: dir.clone(), vmm: choice.binary, kernel: images.kernel, templates: images.templates };
+        let agent = Agent::open(config).await.context("starting the agent")?;
+        let socket = agent.socket();
+        let agent_listener = bind(&socket)?;
+
+        let listener = TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
+        let address = listener.local_addr()?;
+        let database_url = match self.database_url {
+            Some(url) => url,
+            None => format!("sqlite://{}?mode=rwc", dir.join("wrenn.db").display()),
+        };
+        let domain = format!("localhost:{}", address.port());
+        let control = Control::open(control::Config {
+            database_url,
+            agent: Endpoint::Unix(socket.clone()),
+            domain: domain.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        })
+        .await
+        .context("starting the control plane")?;
+        let api_key = api_key(&dir, &control).await?;
+
+        let shutdown = CancellationToken::new();
+        let agent_server = tokio::spawn(
+            axum::serve(agent_listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned()).into_future(),
+        );
+        let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let control_server = tokio::spawn(control.run(listener, shutdown.clone().cancelled_owned()));
+
+        let ready = Ready { url: format!("http://{address}"), api_key, domain, pid: std::process::id() };
+        crate::current::write(&dir, &ready.url, &ready.api_key)?;
+        progress.ready(&ready, &ready.url, &ready.api_key)?;
+
+        crate::terminal::interrupted().await?;
+        progress.say("ending all capsules (press ctrl-C again to leave at once)");
+        tokio::select! {
+            () = agent.destroy_all() => {}
+            again = crate::terminal::interrupted() => {
+                again?;
+                bail!("left at once; the next `wrenn up --dir {}` takes over what still runs", dir.display());
+            }
+        }
+        shutdown.cancel();
+        control_server.await?.context("the control plane")?;
+        agent_server.await?.context("the agent's listener")?;
+        forget.await?;
+        fs::remove_file(&socket)?;
+        crate::current::remove(&dir)?;
+        agent.close().await.context("closing the agent")?;
+        Ok(())
+    }
+}
+
+/// Holds the directory for this process alone. The kernel lets go when it ends, however it ends.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another `wrenn up` uses {}; give this one its own --dir", dir.display()),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// A socket that only root reaches, whatever an earlier run left in its place.
+fn bind(path: &Path) -> Result<UnixListener> {
+    let dir = path.parent().context("a socket has a directory")?;
+    fs::create_dir_all(dir)?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))
+}
+
+/// The key that this directory's first start issued, or a new one if it is lost.
+async fn api_key(dir: &Path, control: &Control) -> Result<String> {
+    let path = dir.join("api-key");
+    if let Ok(key) = fs::read_to_string(&path)
+        && control.knows_key(key.trim()).await?
+    {
+        return Ok(key.trim().to_owned());
+    }
+    let key = control.issue_key("wrenn up").await?;
+    let new = path.with_extension("new");
+    fs::write(&new, &key)?;
+    fs::set_permissions(&new, Permissions::from_mode(0o600))?;
+    fs::rename(new, path)?;
+    Ok(key)
+}

@@ -1,0 +1,97 @@
+//! What a machine holds of the kinds that capsules use. Equal before and after means that nothing was left.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Names of everything, by kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    namespaces: BTreeSet<String>,
+    links: BTreeSet<String>,
+    routes: BTreeSet<String>,
+    rules: BTreeSet<String>,
+    mounts: BTreeSet<String>,
+    loops: BTreeSet<String>,
+    processes: BTreeSet<String>,
+    claims: BTreeSet<String>,
+    cgroups: BTreeSet<String>,
+}
+
+impl Machine {
+    /// Looks at the machine. Only what bears our names counts among links, rules, mounts and processes: other tests
+    /// and the machine's own services come and go.
+    pub fn now() -> Self {
+        let ours = |line: &String| line.contains("wrenn");
+        Self {
+            namespaces: names("/run/netns").into_iter().filter(ours).collect(),
+            links: names("/sys/class/net").into_iter().filter(ours).collect(),
+            routes: lines("ip", &["route"]).into_iter().filter(ours).collect(),
+            rules: lines("nft", &["-n", "list", "ruleset"]).into_iter().filter(ours).collect(),
+            mounts: lines("cat", &["/proc/self/mountinfo"]).into_iter().filter(ours).map(mount_point).collect(),
+            loops: lines("losetup", &["--noheadings", "--output", "BACK-FILE"]).into_iter().filter(ours).collect(),
+            processes: processes(),
+            claims: names("/run/wrenn/slots"),
+            cgroups: cgroups(),
+        }
+    }
+
+    /// What is there that was not there in `before`, one line each; empty when nothing is.
+    pub fn more_than(&self, before: &Self) -> Vec<String> {
+        let kinds = [
+            ("namespace", &self.namespaces, &before.namespaces),
+            ("link", &self.links, &before.links),
+            ("route", &self.routes, &before.routes),
+            ("rule", &self.rules, &before.rules),
+            ("mount", &self.mounts, &before.mounts),
+            ("loop device", &self.loops, &before.loops),
+            ("process", &self.processes, &before.processes),
+            ("slot claim", &self.claims, &before.claims),
+            ("cgroup", &self.cgroups, &before.cgroups),
+        ];
+        let more = kinds.into_iter().flat_map(|(kind, now, before)| now.difference(before).map(move |name| format!("{kind} {name}")));
+        more.collect()
+    }
+}
+
+fn names(dir: &str) -> BTreeSet<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn lines(program: &str, args: &[&str]) -> Vec<String> {
+    let out = Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).lines().map(str::to_owned).collect()
+}
+
+/// Mount ids differ from run to run; the place does not.
+fn mount_point(line: String) -> String {
+    line.split(' ').nth(4).unwrap_or_default().to_owned()
+}
+
+/// VMMs and what they started, with their pids.
+fn processes() -> BTreeSet<String> {
+    let is_vmm = |name: &str| ["firecracker", "qemu-system"].iter().any(|vmm| name.starts_with(vmm));
+    let pids = names("/proc").into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    pids.filter_map(|pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        is_vmm(name.trim()).then(|| format!("{} {pid}", name.trim()))
+    })
+    .collect()
+}
+
+/// The cgroups of all agents, wherever cgroup2 is mounted.
+fn cgroups() -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+        for agent in names(root).iter().filter(|name| name.starts_with("wrenn-")) {
+            let agent = Path::new(root).join(agent);
+            let children = fs::read_dir(&agent).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir());
+            found.extend(children.map(|entry| entry.path().display().to_string()));
+            found.insert(agent.display().to_string());
+        }
+    }
+    found
+}

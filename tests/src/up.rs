@@ -1,0 +1,157 @@
+//! A `wrenn up` for one test: its own directory, port and key, and a client for its API.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use reqwest::{Method, StatusCode};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// What `wrenn up --json` prints once it is ready.
+#[derive(Debug, Clone, Deserialize)]
+struct Ready {
+    url: String,
+    api_key: String,
+    pid: i32,
+}
+
+/// How it is started.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// A PostgreSQL to use in place of SQLite.
+    pub database_url: Option<String>,
+    /// More arguments.
+    pub args: Vec<String>,
+}
+
+/// A running `wrenn up`. Dropping it sends what ctrl-C sends and waits for the end.
+pub struct Up {
+    dir: TempDir,
+    options: Options,
+    child: Child,
+    ready: Ready,
+    http: reqwest::Client,
+}
+
+/// A program that `make` built beside this test.
+pub(crate) fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(path.exists(), "{} is not built; `make test` does", path.display());
+    path
+}
+
+impl Up {
+    /// Starts one in a new directory and waits until it is ready.
+    pub fn start() -> Self {
+        Self::with(Options::default())
+    }
+
+    /// Starts one in a new directory, with `options`.
+    pub fn with(options: Options) -> Self {
+        let dir = TempDir::with_prefix("wrenn-test-").unwrap();
+        let (child, ready) = spawn(dir.path(), &options);
+        Self { dir, options, child, ready, http: reqwest::Client::new() }
+    }
+
+    /// Kills it without warning.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again in the same directory.
+    pub fn restart(&mut self) {
+        (self.child, self.ready) = spawn(self.dir.path(), &self.options);
+    }
+
+    /// Sends what ctrl-C sends and waits; true when it ended as it should.
+    pub fn stop(&mut self) -> bool {
+        let pid = Pid::from_raw(self.ready.pid).unwrap();
+        // Already gone is fine: the status tells.
+        let _ = kill_process(pid, Signal::INT);
+        self.child.wait().unwrap().success()
+    }
+
+    /// Where its API is.
+    pub fn url(&self) -> &str {
+        &self.ready.url
+    }
+
+    /// A key for it.
+    pub fn api_key(&self) -> &str {
+        &self.ready.api_key
+    }
+
+    /// Its data directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A request with the key; the status and the JSON body (null when empty).
+    pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
+        let mut request = self.http.request(method, format!("{}{path}", self.ready.url)).header("X-API-Key", &self.ready.api_key);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.unwrap();
+        let status = response.status();
+        let text = response.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
+    /// Creates a capsule and hands out its id.
+    pub async fn create(&self) -> String {
+        let (status, capsule) = self.call(Method::POST, "/v1/capsules", Some(json!({}))).await;
+        assert_eq!(status, 201, "{capsule}");
+        capsule["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Destroys a capsule.
+    pub async fn destroy(&self, id: &str) {
+        let (status, body) = self.call(Method::DELETE, &format!("/v1/capsules/{id}"), None).await;
+        assert_eq!(status, 204, "{body}");
+    }
+
+    /// Runs a command by `/bin/sh -c` in a capsule; the whole answer.
+    pub async fn sh(&self, id: &str, command: &str) -> Value {
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", command]});
+        let (status, answer) = self.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
+        assert_eq!(status, 200, "{command}: {answer}");
+        answer
+    }
+
+    /// Runs a command that must succeed; its standard output without the last newline.
+    pub async fn output(&self, id: &str, command: &str) -> String {
+        let answer = self.sh(id, command).await;
+        assert_eq!(answer["exit_code"], 0, "{command}: {answer}");
+        answer["stdout"].as_str().unwrap().trim_end().to_owned()
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        if self.child.try_wait().unwrap().is_none() {
+            self.stop();
+        }
+    }
+}
+
+fn spawn(dir: &Path, options: &Options) -> (Child, Ready) {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("up.log")).unwrap();
+    let mut command = Command::new(program("wrenn"));
+    command.args(["up", "--json", "--listen", "127.0.0.1:0", "--dir"]).arg(dir).args(&options.args);
+    match &options.database_url {
+        Some(url) => command.env("DATABASE_URL", url),
+        None => command.env_remove("DATABASE_URL"),
+    };
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let log = || std::fs::read_to_string(dir.join("up.log")).unwrap_or_default();
+    let ready = serde_json::from_str(&line).unwrap_or_else(|error| panic!("`wrenn up` said {line:?} ({error}): {}", log()));
+    (child, ready)
+}

@@ -1,0 +1,85 @@
+//! Capsules come and go, and the machine is as it was.
+
+use end_to_end::{Machine, Up};
+use futures::{StreamExt, stream};
+use reqwest::Method;
+
+/// Capsules of the long run, and how many of them are there at once.
+const MANY: usize = 200;
+const AT_ONCE: usize = 8;
+
+#[tokio::test]
+async fn python_runs_in_a_microvm_and_nothing_is_left() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    let id = up.create().await;
+    assert_eq!(up.output(&id, "python3 -c 'print(6*7)'").await, "42");
+    assert_eq!(up.output(&id, "id -un; pwd; hostname; uname -r").await.lines().count(), 4);
+    assert_eq!(up.output(&id, "sudo -u user sudo id -un").await, "root");
+    let (status, capsule) = up.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;
+    assert_eq!((status.as_u16(), capsule["status"].as_str()), (200, Some("running")));
+    up.destroy(&id).await;
+    up.destroy(&id).await;
+    assert!(up.stop());
+    assert_eq!(Machine::now().more_than(&before), [""; 0]);
+}
+
+#[tokio::test]
+async fn both_names_of_the_default_template_work() {
+    let up = Up::start();
+    for template in ["minimal", "minimal-ubuntu"] {
+        let body = serde_json::json!({ "template": template });
+        let (status, capsule) = up.call(Method::POST, "/v1/capsules", Some(body)).await;
+        assert_eq!(status, 201, "{capsule}");
+    }
+}
+
+#[tokio::test]
+async fn two_hundred_capsules_leave_the_machine_as_it_was() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    // What the agent itself holds is there after its first capsule.
+    up.destroy(&up.create().await).await;
+    let idle = Machine::now();
+    let up_ref = &up;
+    stream::iter(0..MANY)
+        .for_each_concurrent(AT_ONCE, |_| async move {
+            let id = up_ref.create().await;
+            up_ref.destroy(&id).await;
+        })
+        .await;
+    assert_eq!(Machine::now().more_than(&idle), [""; 0]);
+    assert!(up.stop());
+    assert_eq!(Machine::now().more_than(&before), [""; 0]);
+}
+
+#[tokio::test]
+async fn several_on_one_machine_do_not_collide() {
+    let before = Machine::now();
+    let (mut one, mut two) = (Up::start(), Up::start());
+    let (first, second) = tokio::join!(one.create(), two.create());
+    let (a, b) = tokio::join!(one.output(&first, "cat /proc/sys/kernel/random/boot_id"), two.output(&second, "cat /proc/sys/kernel/random/boot_id"));
+    assert_ne!(a, b);
+    assert!(one.stop());
+    // What the first gave back, the second still has.
+    two.output(&second, "true").await;
+    assert!(two.stop());
+    assert_eq!(Machine::now().more_than(&before), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_guest_that_dies_is_reported_with_a_reason() {
+    let up = Up::start();
+    let id = up.create().await;
+    // The guest's init cannot be killed; rebooting it ends the VMM.
+    let body = serde_json::json!({"cmd": "/bin/sh", "args": ["-c", "echo b > /proc/sysrq-trigger"], "background": true});
+    up.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
+    let status = loop {
+        let (_, capsule) = up.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;
+        match capsule["status"].as_str() {
+            Some("running") => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            status => break status.map(str::to_owned),
+        }
+    };
+    assert_eq!(status.as_deref(), Some("error"));
+}

@@ -1,0 +1,85 @@
+//! The agent dies without warning, and comes back.
+
+use std::time::Duration;
+
+use end_to_end::{Machine, Up};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+#[tokio::test]
+async fn running_capsules_survive_a_killed_agent() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    let mut capsules = Vec::new();
+    for _ in 0..3 {
+        let id = up.create().await;
+        let boot = up.output(&id, "echo kept > /root/file; cat /proc/sys/kernel/random/boot_id").await;
+        capsules.push((id, boot));
+    }
+    up.kill();
+    up.restart();
+    for (id, boot) in &capsules {
+        assert_eq!(&up.output(id, "cat /proc/sys/kernel/random/boot_id").await, boot, "{id} was rebooted");
+        assert_eq!(up.output(id, "cat /root/file").await, "kept");
+    }
+    let (_, list) = up.call(Method::GET, "/v1/capsules", None).await;
+    assert_eq!(list.as_array().unwrap().iter().filter(|capsule| capsule["status"] == "running").count(), 3);
+    assert!(up.stop());
+    assert_eq!(Machine::now().more_than(&before), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_agent_killed_in_the_middle_of_a_create_leaves_nothing() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    up.destroy(&up.create().await).await;
+    let idle = Machine::now();
+    // A create takes one to two seconds here: the kills fall before, between and after all its steps.
+    for millis in [0, 3, 6, 10, 15, 20, 30, 45, 70, 110, 200, 400, 700, 1000, 1300] {
+        let create = {
+            let (url, key) = (format!("{}/v1/capsules", up.url()), up.api_key().to_owned());
+            tokio::spawn(async move { reqwest::Client::new().post(url).header("X-API-Key", key).json(&json!({})).send().await })
+        };
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        up.kill();
+        // The answer is lost with the process, whatever it was.
+        let _ = create.await;
+        up.restart();
+        let (_, list) = up.call(Method::GET, "/v1/capsules", None).await;
+        for capsule in list.as_array().unwrap() {
+            // What was running in time goes on; it is destroyed like any other.
+            up.destroy(capsule["id"].as_str().unwrap()).await;
+        }
+        assert_eq!(Machine::now().more_than(&idle), [""; 0], "killed after {millis} ms");
+        let dirs = std::fs::read_dir(capsules(&up)).unwrap().count();
+        assert_eq!(dirs, 0, "killed after {millis} ms");
+    }
+    assert!(up.stop());
+    assert_eq!(Machine::now().more_than(&before), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_capsule_whose_vmm_died_with_the_agent_is_not_running() {
+    let mut up = Up::start();
+    let id = up.create().await;
+    up.kill();
+    let vmm = std::fs::read(capsules(&up).join(&id).join("record.json")).unwrap();
+    let vmm: Value = serde_json::from_slice(&vmm).unwrap();
+    let pid = rustix::process::Pid::from_raw(vmm["vmm"]["pid"].as_i64().unwrap() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    up.restart();
+    let status = loop {
+        let (_, capsule) = up.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;
+        match capsule["status"].as_str().unwrap() {
+            "running" => tokio::time::sleep(Duration::from_millis(100)).await,
+            status => break status.to_owned(),
+        }
+    };
+    assert!(["error", "stopped", "missing"].contains(&status.as_str()), "{status}");
+}
+
+/// Where capsules' directories are, on either kind of disk.
+fn capsules(up: &Up) -> std::path::PathBuf {
+    let volume = up.dir().join("volume/capsules");
+    if volume.exists() { volume } else { up.dir().join("capsules") }
+}
