@@ -3,13 +3,12 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["hostagent/v1/host_agent.proto"];
     let descriptors = std::path::PathBuf::from(std::env::var("OUT_DIR")?).join("descriptors.bin");
-    let set = protox::Compiler::new(["../../proto"])?.include_source_info(true).open_files(files)?.encode_file_descriptor_set();
+    let set = protox::Compiler::new(["../../proto"])?
+        .include_source_info(true)
+        .open_files(files)?
+        .encode_file_descriptor_set();
     std::fs::write(&descriptors, set)?;
-    connectrpc_build::Config::new()
-        .descriptor_set(&descriptors)
-        .files(&files)
-        .include_file("contract.rs")
-        .compile()?;
+    connectrpc_build::Config::new().descriptor_set(&descriptors).files(&files).include_file("contract.rs").compile()?;
     println!("cargo:rerun-if-changed=../../proto");
     Ok(())
 }

@@ -1,4 +1,10 @@
 //! The contract between the control plane and a host agent: generated types, and a client for either kind of address.
+//!
+//! Owns where an agent is ([`Endpoint`]) and how to get there ([`Transport`]). Refuses to decide anything: no retries, no
+//! timeouts beyond that of connecting, no state.
+
+mod client;
+mod endpoint;
 
 /// Messages, client and service trait, generated from `proto/hostagent/v1/host_agent.proto`.
 #[allow(missing_docs, clippy::all, dead_code)]
@@ -6,4 +12,6 @@ pub mod proto {
     connectrpc::include_generated!("contract.rs");
 }
 
+pub use client::{GuestProcesses, Lifecycle, Transport};
+pub use endpoint::{Endpoint, Error};
 pub use proto::hostagent::v1::*;

@@ -1,1 +1,8 @@
-//! Real parts for tests: PostgreSQL, capsules, SDK runners, and the fake agent.
+//! Real parts for tests, and a fake of the whole host agent for where a real one cannot be.
+//!
+//! Nothing here mocks: a PostgreSQL is PostgreSQL, and the fake agent speaks the agent's whole contract over a real socket.
+//! What it promises is written down as `agent_conformance`, which the real agent passes too.
+
+pub mod fake_agent;
+
+pub use fake_agent::FakeAgent;

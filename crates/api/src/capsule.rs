@@ -1,0 +1,132 @@
+//! Capsules as clients ask for them and see them.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::id::CapsuleId;
+use crate::limits::{self, Invalid};
+use crate::name::SafeName;
+
+/// Where a capsule is in its life. Clients fail on any other word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Accepted; no host has reported it yet.
+    Pending,
+    /// A host is starting it.
+    Starting,
+    /// It answers.
+    Running,
+    /// A host is writing it to disk.
+    Pausing,
+    /// On disk, using neither processor nor memory.
+    Paused,
+    /// A template is being made of it.
+    Snapshotting,
+    /// A host is bringing it back.
+    Resuming,
+    /// It is to end; a host has yet to confirm.
+    Stopping,
+    /// In the object store, on no host.
+    Hibernated,
+    /// It ended.
+    Stopped,
+    /// Its host no longer knows it, and nobody can say why.
+    Missing,
+    /// It could not be started, or it failed; `reason` says why.
+    Error,
+}
+
+/// A request for a new capsule. Everything has a default.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct CreateCapsule {
+    /// Name of a template; `minimal` (also called `minimal-ubuntu`) when absent.
+    #[schema(example = "minimal")]
+    pub template: Option<String>,
+    /// Virtual processors; 1 when absent.
+    #[schema(minimum = 1, maximum = 32)]
+    pub vcpus: Option<i64>,
+    /// Memory in MiB; 512 when absent.
+    #[schema(minimum = 128, maximum = 65536)]
+    pub memory_mb: Option<i64>,
+    /// Most the root disk may grow to, in MiB; 5120 when absent.
+    #[schema(minimum = 1024, maximum = 102400)]
+    pub disk_size_mb: Option<i64>,
+    /// Seconds without a command or ping after which the host acts by itself. 0, the default, means never; 1 to 59 are raised
+    /// to 60.
+    #[schema(minimum = 0, maximum = 2592000)]
+    pub timeout_sec: Option<i64>,
+    /// Up to 20 labels. Keys: 1 to 64 of `a-z A-Z 0-9 . _ -`; values: up to 64 characters. `kernel_version`, `vmm_version`,
+    /// `agent_version` and `envd_version` are the platform's.
+    pub metadata: Option<BTreeMap<String, String>>,
+}
+
+/// What a capsule shall be: a request whose every value is within its bounds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CapsuleSpec {
+    /// The stored name, with aliases resolved.
+    pub template: SafeName,
+    pub vcpus: u32,
+    pub memory_mb: u32,
+    pub disk_size_mb: u32,
+    /// 0 means never, otherwise at least 60.
+    pub timeout_sec: u32,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl CreateCapsule {
+    /// Fills in the defaults and checks every bound.
+    pub fn validate(self) -> Result<CapsuleSpec, Invalid> {
+        let template = self.template.map(|name| name.parse::<SafeName>()).transpose()?.unwrap_or_default();
+        let metadata = self.metadata.unwrap_or_default();
+        limits::metadata(&metadata)?;
+        Ok(CapsuleSpec {
+            template: template.canonical_template(),
+            vcpus: limits::number("vcpus", self.vcpus, limits::VCPUS, limits::DEFAULT_VCPUS)?,
+            memory_mb: limits::number("memory_mb", self.memory_mb, limits::MEMORY_MB, limits::DEFAULT_MEMORY_MB)?,
+            disk_size_mb: limits::number(
+                "disk_size_mb",
+                self.disk_size_mb,
+                limits::DISK_SIZE_MB,
+                limits::DEFAULT_DISK_SIZE_MB,
+            )?,
+            timeout_sec: limits::timeout(self.timeout_sec)?,
+            metadata,
+        })
+    }
+}
+
+/// A capsule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Capsule {
+    #[schema(value_type = String, pattern = "^cl-[0-9a-z]{25}$", example = "cl-0a1b2c3d4e5f6g7h8i9j0k1l2")]
+    pub id: CapsuleId,
+    pub status: Status,
+    /// Name of the template it was made from.
+    #[schema(example = "minimal")]
+    pub template: String,
+    pub vcpus: u32,
+    pub memory_mb: u32,
+    pub disk_size_mb: u32,
+    pub timeout_sec: u32,
+    pub created_at: DateTime<Utc>,
+    /// When it was first seen running.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<DateTime<Utc>>,
+    /// The last command, ping or other traffic its host has reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_active_at: Option<DateTime<Utc>>,
+    pub last_updated: DateTime<Utc>,
+    /// The labels of its creation and, once it has run, the versions of what runs it.
+    pub metadata: BTreeMap<String, String>,
+    /// Why it ended or is missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! Names people give to templates.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::limits::Invalid;
+
+/// The template used when none is named.
+pub const DEFAULT_TEMPLATE: &str = "minimal";
+
+/// Other names of the default template; the SDK's documents use both.
+const DEFAULT_TEMPLATE_ALIASES: [&str; 1] = ["minimal-ubuntu"];
+
+/// 1 to 64 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit: safe in paths, URLs and file names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SafeName(String);
+
+impl SafeName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name under which a template of this name is stored.
+    pub fn canonical_template(self) -> Self {
+        if DEFAULT_TEMPLATE_ALIASES.contains(&self.as_str()) { Self(DEFAULT_TEMPLATE.into()) } else { self }
+    }
+}
+
+impl Default for SafeName {
+    fn default() -> Self {
+        Self(DEFAULT_TEMPLATE.into())
+    }
+}
+
+impl fmt::Display for SafeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for SafeName {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        if is_safe(text) {
+            Ok(Self(text.into()))
+        } else {
+            Err(Invalid::new(
+                "template",
+                "must be 1 to 64 characters of a-z, A-Z, 0-9, '.', '_' and '-', and begin with a letter or digit",
+            ))
+        }
+    }
+}
+
+/// Whether `text` follows the rule of [`SafeName`], which metadata keys share.
+pub(crate) fn is_safe(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.as_bytes()[0].is_ascii_alphanumeric()
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rule() {
+        for good in ["a", "9", "minimal-ubuntu", "A.b_c-d", &"x".repeat(64)] {
+            assert!(good.parse::<SafeName>().is_ok(), "{good}");
+        }
+        for bad in ["", ".a", "-a", "_a", "a/b", "a b", "ä", "a\0", &"x".repeat(65)] {
+            assert_eq!(bad.parse::<SafeName>().unwrap_err().field, "template", "{bad}");
+        }
+    }
+
+    #[test]
+    fn both_documented_names_are_the_default_template() {
+        for name in ["minimal", "minimal-ubuntu"] {
+            assert_eq!(name.parse::<SafeName>().unwrap().canonical_template(), SafeName::default());
+        }
+        let other: SafeName = "code-runner-beta".parse().unwrap();
+        assert_eq!(other.clone().canonical_template(), other);
+    }
+}

@@ -1,0 +1,192 @@
+//! A host agent that keeps its capsules in memory: the whole contract over a real socket, without a virtual machine.
+
+mod processes;
+mod service;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt};
+use api::CapsuleId;
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use connectrpc::{ConnectError, ConnectRpcService, ErrorCode};
+use guest_api::process::ProcessExt;
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use processes::Processes;
+pub use processes::Running;
+
+/// The image every fake agent has.
+pub const IMAGE: &str = "minimal";
+
+/// A listening fake agent. Dropping it is the host losing power: connections break, and everything is forgotten.
+pub struct FakeAgent {
+    inner: Arc<Inner>,
+    endpoint: Endpoint,
+    server: JoinHandle<()>,
+    connections: watch::Sender<()>,
+    _dir: TempDir,
+}
+
+pub(crate) struct Inner {
+    capsules: Mutex<BTreeMap<String, Entry>>,
+    /// Whether creates may go on past STARTING.
+    open: watch::Sender<bool>,
+    /// What the next creates answer instead of working.
+    failure: Mutex<Option<ErrorCode>>,
+    creates: watch::Sender<usize>,
+    destroys: watch::Sender<usize>,
+}
+
+struct Entry {
+    capsule: Capsule,
+    guest: ConnectRpcService,
+    processes: Processes,
+}
+
+impl FakeAgent {
+    /// Listens on a socket of its own.
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("agent.sock");
+        let listener = UnixListener::bind(&path).expect("a socket in a fresh directory");
+        let inner = Arc::new(Inner {
+            capsules: Mutex::default(),
+            open: watch::Sender::new(true),
+            failure: Mutex::default(),
+            creates: watch::Sender::new(0),
+            destroys: watch::Sender::new(0),
+        });
+        let rpc = service::Service(inner.clone());
+        let router = axum::Router::new()
+            .route("/guest/{id}/{*path}", axum::routing::any(guest))
+            .with_state(inner.clone())
+            .fallback_service(Arc::new(rpc).register(connectrpc::Router::new()).into_axum_service());
+        let connections = watch::Sender::new(());
+        let mut closed = connections.subscribe();
+        let server = tokio::spawn(async move {
+            let stop = async move {
+                let _ = closed.changed().await;
+            };
+            axum::serve(listener, router).with_graceful_shutdown(stop).await.expect("serving does not fail");
+        });
+        Self { inner, endpoint: Endpoint::Unix(path), server, connections, _dir: dir }
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint.clone()
+    }
+
+    /// Creates begun from now on stay STARTING until [`FakeAgent::release`].
+    pub fn hold(&self) {
+        self.inner.open.send_replace(false);
+    }
+
+    /// Lets held creates go on.
+    pub fn release(&self) {
+        self.inner.open.send_replace(true);
+    }
+
+    /// Creates from now on answer this code and leave nothing; `None` heals the host.
+    pub fn fail_creates(&self, code: Option<ErrorCode>) {
+        *self.inner.failure.lock().expect("no panics under this lock") = code;
+    }
+
+    /// The capsule ends by itself.
+    pub fn end(&self, id: CapsuleId, state: CapsuleState, reason: &str) {
+        self.inner.change(&id.to_string(), state, reason);
+    }
+
+    /// The host forgets the capsule altogether.
+    pub fn lose(&self, id: CapsuleId) {
+        self.inner.capsules().remove(&id.to_string());
+    }
+
+    /// Someone else's capsule appears.
+    pub fn put(&self, id: CapsuleId, state: CapsuleState, generation: u64) {
+        let capsule = Capsule { id: id.to_string(), state: state.into(), generation, ..Default::default() };
+        self.inner.capsules().insert(id.to_string(), Entry::new(capsule));
+    }
+
+    /// The ids of capsules that hold anything: every one that is starting, running or stopping.
+    pub fn alive(&self) -> Vec<String> {
+        let alive = |state: &CapsuleState| {
+            !matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
+        };
+        let capsules = self.inner.capsules();
+        capsules
+            .values()
+            .filter(|entry| entry.capsule.state.as_known().as_ref().is_some_and(alive))
+            .map(|e| e.capsule.id.clone())
+            .collect()
+    }
+
+    /// The processes that run in a capsule, by pid.
+    pub fn processes(&self, id: CapsuleId) -> HashMap<u32, Running> {
+        self.inner.capsules().get(&id.to_string()).map(|entry| entry.processes.running()).unwrap_or_default()
+    }
+
+    /// How often a create has arrived, and a way to wait for the next.
+    pub fn creates(&self) -> watch::Receiver<usize> {
+        self.inner.creates.subscribe()
+    }
+
+    /// How often a destroy has been done, and a way to wait for the next.
+    pub fn destroys(&self) -> watch::Receiver<usize> {
+        self.inner.destroys.subscribe()
+    }
+}
+
+impl Drop for FakeAgent {
+    fn drop(&mut self) {
+        self.connections.send_replace(());
+        self.server.abort();
+    }
+}
+
+impl Entry {
+    fn new(capsule: Capsule) -> Self {
+        let processes = Processes::default();
+        let guest = Arc::new(processes.clone()).register(connectrpc::Router::new()).into_axum_service();
+        Self { capsule, guest, processes }
+    }
+}
+
+impl Inner {
+    fn capsules(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.capsules.lock().expect("no panics under this lock")
+    }
+
+    /// Moves a capsule that is there to a new state, and answers it as it is then.
+    fn change(&self, id: &str, state: CapsuleState, reason: &str) -> Option<Capsule> {
+        let mut capsules = self.capsules();
+        let entry = capsules.get_mut(id)?;
+        if entry.capsule.state != state {
+            entry.capsule.state = state.into();
+            entry.capsule.generation += 1;
+            entry.capsule.reason = reason.into();
+        }
+        Some(entry.capsule.clone())
+    }
+}
+
+/// What the agent does with guest traffic: find the guest, take its prefix off, and pass on.
+async fn guest(
+    State(inner): State<Arc<Inner>>,
+    Path((id, path)): Path<(String, String)>,
+    mut request: Request,
+) -> Response {
+    let service = match inner.capsules().get(&id) {
+        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => entry.guest.clone(),
+        _ => return ConnectError::not_found(format!("no capsule {id} runs here")).into_response(),
+    };
+    *request.uri_mut() = format!("/{path}").parse().expect("the rest of a path is a path");
+    match tower::ServiceExt::oneshot(service, request).await {
+        Ok(response) => response.map(axum::body::Body::new),
+        Err(never) => match never {},
+    }
+}

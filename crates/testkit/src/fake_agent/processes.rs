@@ -1,0 +1,241 @@
+//! A guest's processes, imagined: a few commands with exact output, and the contract's errors.
+//!
+//! | command | what it does |
+//! |---|---|
+//! | `echo ARG...` | the arguments and a newline on standard output |
+//! | `say OUT ERR CODE` | texts on standard output and standard error, then that exit code |
+//! | `bytes COUNT` | so many bytes `x` on standard output |
+//! | `latin1` | the bytes `ff fe` on standard output, `ok` on standard error |
+//! | `env` | the environment of the request, one `NAME=value` a line, sorted |
+//! | `pwd` | the working directory of the request |
+//! | `hang` | nothing, until its deadline or a signal |
+//! | `vanish` | begins, then the connection breaks |
+//!
+//! The working directory `/missing` does not exist, and no other command does.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use connectrpc::{
+    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+};
+use futures::StreamExt;
+use futures::channel::mpsc;
+use guest_api::process::__buffa::oneof::process_event::Event;
+use guest_api::process::__buffa::oneof::process_event::data_event::Output;
+use guest_api::process::__buffa::oneof::process_selector::Selector;
+use guest_api::process::process_event::{DataEvent, EndEvent, StartEvent};
+use guest_api::process::*;
+use tokio::sync::watch;
+
+/// Bytes of one piece of output, as envd sends it.
+const CHUNK: usize = 32 * 1024;
+
+/// A process that runs.
+#[derive(Debug, Clone)]
+pub struct Running {
+    pub cmd: String,
+    pub tag: Option<String>,
+    killed: watch::Sender<bool>,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Processes(Arc<Mutex<Table>>);
+
+#[derive(Default)]
+struct Table {
+    running: HashMap<u32, Running>,
+    started: u32,
+}
+
+impl Processes {
+    pub(super) fn running(&self) -> HashMap<u32, Running> {
+        self.table().running.clone()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().expect("no panics under this lock")
+    }
+}
+
+type Sender = mpsc::UnboundedSender<Result<StartResponse, ConnectError>>;
+
+fn send(to: &Sender, event: impl Into<Event>) {
+    let event = ProcessEvent { event: Some(event.into()), ..Default::default() };
+    // A client that left does not end the process.
+    let _ = to.unbounded_send(Ok(StartResponse { event: event.into(), ..Default::default() }));
+}
+
+fn output(to: &Sender, output: Output) {
+    send(to, DataEvent { output: Some(output), ..Default::default() });
+}
+
+fn exit(to: &Sender, exit_code: i32) {
+    send(to, EndEvent { exit_code, exited: true, status: format!("exit status {exit_code}"), ..Default::default() });
+}
+
+async fn perform(process: ProcessConfig, ctx: RequestContext, mut killed: watch::Receiver<bool>, to: Sender) {
+    let args: Vec<&str> = process.args.iter().map(String::as_str).collect();
+    let stdout = |text: String| output(&to, Output::Stdout(text.into_bytes()));
+    match (process.cmd.as_str(), args.as_slice()) {
+        ("echo", words) => {
+            stdout(words.join(" ") + "\n");
+            exit(&to, 0);
+        }
+        ("say", [out, err, code]) => {
+            stdout((*out).into());
+            output(&to, Output::Stderr(err.as_bytes().to_vec()));
+            exit(&to, code.parse().expect("a number"));
+        }
+        ("bytes", [count]) => {
+            let mut left: usize = count.parse().expect("a number");
+            while left > 0 {
+                let size = left.min(CHUNK);
+                output(&to, Output::Stdout(vec![b'x'; size]));
+                left -= size;
+            }
+            exit(&to, 0);
+        }
+        ("latin1", []) => {
+            output(&to, Output::Stdout(vec![0xff, 0xfe]));
+            output(&to, Output::Stderr(b"ok".to_vec()));
+            exit(&to, 0);
+        }
+        ("env", []) => {
+            let mut lines: Vec<_> = process.envs.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
+            lines.sort();
+            stdout(lines.concat());
+            exit(&to, 0);
+        }
+        ("pwd", []) => {
+            stdout(process.cwd.unwrap_or_else(|| "/root".into()) + "\n");
+            exit(&to, 0);
+        }
+        ("hang", []) => {
+            let deadline = async {
+                match ctx.time_remaining() {
+                    Some(left) => tokio::time::sleep(left).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = deadline => {
+                    let _ = to.unbounded_send(Err(ConnectError::deadline_exceeded("the process was ended at its deadline")));
+                }
+                _ = killed.wait_for(|killed| *killed) => {
+                    send(&to, EndEvent { exit_code: -1, status: "signal: killed".into(), ..Default::default() });
+                }
+            }
+        }
+        ("vanish", []) => {
+            let _ = to.unbounded_send(Err(ConnectError::unavailable("the guest is gone")));
+        }
+        _ => exit(&to, 127),
+    }
+}
+
+impl Process for Processes {
+    async fn start(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, StartRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<StartResponse> + Send + use<>>> {
+        let request = request.to_owned_message();
+        let process = request.process.into_option().unwrap_or_default();
+        if process.cwd.as_deref() == Some("/missing") {
+            return Err(ConnectError::invalid_argument("cwd '/missing' does not exist"));
+        }
+        let (to, events) = mpsc::unbounded();
+        let killed = watch::Sender::new(false);
+        let receiver = killed.subscribe();
+        let pid = {
+            let mut table = self.table();
+            table.started += 1;
+            let pid = 1000 + table.started;
+            table.running.insert(pid, Running { cmd: process.cmd.clone(), tag: request.tag, killed });
+            pid
+        };
+        send(&to, StartEvent { pid, ..Default::default() });
+        let processes = self.clone();
+        tokio::spawn(async move {
+            perform(process, ctx, receiver, to).await;
+            processes.table().running.remove(&pid);
+        });
+        Ok(Response::new(events.boxed()))
+    }
+
+    async fn list<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListRequest>,
+    ) -> ServiceResult<impl Encodable<ListResponse> + Send + use<'a>> {
+        let info = |(pid, running): (u32, Running)| ProcessInfo {
+            config: ProcessConfig { cmd: running.cmd, ..Default::default() }.into(),
+            pid,
+            tag: running.tag,
+            ..Default::default()
+        };
+        Response::ok(ListResponse { processes: self.running().into_iter().map(info).collect(), ..Default::default() })
+    }
+
+    async fn send_signal<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SendSignalRequest>,
+    ) -> ServiceResult<impl Encodable<SendSignalResponse> + Send + use<'a>> {
+        let selector = request.to_owned_message().process.into_option().and_then(|process| process.selector);
+        let running = self.running();
+        let found = match &selector {
+            Some(Selector::Pid(pid)) => running.get(pid),
+            Some(Selector::Tag(tag)) => running.values().find(|process| process.tag.as_ref() == Some(tag)),
+            None => None,
+        };
+        let process = found.ok_or_else(|| ConnectError::not_found("no such process"))?;
+        process.killed.send_replace(true);
+        Response::ok(SendSignalResponse::default())
+    }
+
+    async fn connect(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ConnectRequest>,
+    ) -> ServiceResult<ServiceStream<impl Encodable<ConnectResponse> + Send + use<>>> {
+        Err::<Response<ServiceStream<ConnectResponse>>, _>(not_imagined("Connect"))
+    }
+
+    async fn update<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, UpdateRequest>,
+    ) -> ServiceResult<impl Encodable<UpdateResponse> + Send + use<'a>> {
+        Err::<Response<UpdateResponse>, _>(not_imagined("Update"))
+    }
+
+    async fn stream_input<'a>(
+        &'a self,
+        _: RequestContext,
+        _: InboundStream<StreamInputRequest>,
+    ) -> ServiceResult<impl Encodable<StreamInputResponse> + Send + use<'a>> {
+        Err::<Response<StreamInputResponse>, _>(not_imagined("StreamInput"))
+    }
+
+    async fn send_input<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, SendInputRequest>,
+    ) -> ServiceResult<impl Encodable<SendInputResponse> + Send + use<'a>> {
+        Err::<Response<SendInputResponse>, _>(not_imagined("SendInput"))
+    }
+
+    async fn close_stdin<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, CloseStdinRequest>,
+    ) -> ServiceResult<impl Encodable<CloseStdinResponse> + Send + use<'a>> {
+        Err::<Response<CloseStdinResponse>, _>(not_imagined("CloseStdin"))
+    }
+}
+
+fn not_imagined(rpc: &str) -> ConnectError {
+    ConnectError::unimplemented(format!("imagined processes have no {rpc}"))
+}
