@@ -6,13 +6,15 @@
 //! * [`process`] starts the VMM in its own session, cgroup, mount and network namespace, sees it end, and adopts it again
 //!   after the agent itself was killed;
 //! * [`client`] speaks the API, by the version the VMM says it has, with a limit on every call;
-//! * [`cgroup`] groups all processes of a capsule, so that none can be missed when it is killed.
+//! * [`cgroup`] groups all processes of a capsule, so that none can be missed when it is killed;
+//! * [`kvm`] finds out whether `/dev/kvm` can run a guest, rather than whether it exists.
 //!
 //! It refuses to know what a capsule is for, how its disk and network were made, or which of the two programs that speak
 //! this API (`firecracker`, `firecracker-qemu`) it drives.
 
 pub mod cgroup;
 pub mod client;
+pub mod kvm;
 pub mod process;
 
 /// Where every VMM finds its capsule's own directory, whichever that is on the host.
