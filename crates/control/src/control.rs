@@ -68,6 +68,12 @@ impl Control {
         Ok(key.reveal())
     }
 
+    /// Whether `key` speaks for anyone.
+    pub async fn knows_key(&self, key: &str) -> Result<bool, Error> {
+        let Some(key) = db::key::Key::parse(key) else { return Ok(false) };
+        Ok(db::key::team_of_any_team(&self.ctx.db, &key).await?.is_some())
+    }
+
     /// Every route.
     pub fn router(&self) -> Router {
         http::router(http::App { ctx: self.ctx.clone(), version: self.version.clone() })
