@@ -136,14 +136,14 @@ fn fifty_slots_at_once_and_back() {
         assert_same(&before, "at the end");
 
         // And one after the other, for the time that one takes.
-        let mut alone = Vec::new();
-        for _ in 0..20 {
-            let start = Instant::now();
-            let slot = network.claim().unwrap();
-            network.create(slot).unwrap();
-            alone.push(start.elapsed());
-            network.destroy(slot).unwrap();
-        }
+        let mut alone: Vec<_> = (0..20)
+            .map(|_| {
+                let start = Instant::now();
+                network.create(network.claim().unwrap()).unwrap();
+                start.elapsed()
+            })
+            .collect();
+        network.sweep(&HashSet::new()).unwrap();
         let mut took = took.into_inner().unwrap();
         took.sort();
         alone.sort();
