@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
@@ -89,6 +89,7 @@ impl Host {
         let network = Network::open(&network::Config { instance: instance.clone() }).map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
+        cgroups.create().map_err(Error::Cgroup)?;
         let mut images = BTreeMap::new();
         for (name, file) in &config.templates {
             let image_name: ImageName = name.parse().map_err(|source| Error::ImageName(name.clone(), source))?;

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use axum::Router;
 use axum::routing::any;
 use futures::future::join_all;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use tracing::{error, info};
 use vmm::process::Process;
 

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 
 use super::record::Record;
 use crate::host::Host;
