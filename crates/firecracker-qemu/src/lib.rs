@@ -1,1 +1,0 @@
-//! Firecracker's HTTP API served by QEMU, for hosts without KVM.
