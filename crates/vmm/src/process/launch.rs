@@ -238,7 +238,8 @@ fn detach() -> io::Result<()> {
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     let score = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::io::write(&score, OOM_SCORE_ADJ)?;
+    // Lowering it is a privilege of its own, which an agent that runs with a higher score may lack: then that one stays.
+    let _ = rustix::io::write(&score, OOM_SCORE_ADJ);
     // SAFETY: `default` and `none` are plain data for which all zeroes is valid (SIG_DFL, no flags; the empty set), both live
     // across the calls, and the calls are async-signal-safe. Signals that cannot be set answer EINVAL, which is fine.
     unsafe {
@@ -254,10 +255,15 @@ fn detach() -> io::Result<()> {
     Ok(())
 }
 
-/// Marks every descriptor above the standard three, also those that some library forgot to mark.
+/// Marks every descriptor above the standard three, also those that some library forgot to mark. Kernels before 5.11
+/// cannot; there it is left to those who open descriptors, who all mark them.
 fn close_all_on_exec() -> io::Result<()> {
     // SAFETY: the call takes three numbers and touches no memory. It closes nothing now, so descriptors owned by values in
     // this process stay valid until the image is replaced.
     let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) { Ok(()) } else { Err(error) }
 }

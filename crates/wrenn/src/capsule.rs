@@ -1,0 +1,114 @@
+//! `wrenn capsule`: capsules over the REST API.
+
+mod create;
+mod exec;
+mod list;
+mod rm;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use crate::rest::Server;
+
+/// Creates, lists, uses and removes capsules.
+#[derive(Debug, Args)]
+#[command(visible_alias = "capsules")]
+pub struct CapsuleCommand {
+    #[command(flatten)]
+    server: Server,
+    /// Print results as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Create(create::Create),
+    List(list::List),
+    Exec(exec::Exec),
+    Rm(rm::Rm),
+}
+
+impl CapsuleCommand {
+    pub(crate) async fn run(self) -> Result<ExitCode> {
+        let client = match self.server.client() {
+            Err(error) if matches!(self.verb, Verb::Exec(_)) => return Ok(exec::not_run(&error)),
+            client => client?,
+        };
+        match self.verb {
+            Verb::Create(create) => create.run(&client, self.json).await,
+            Verb::List(list) => list.run(&client, self.json).await,
+            Verb::Exec(exec) => exec.run(&client, self.json).await,
+            Verb::Rm(rm) => rm.run(&client, self.json).await,
+        }
+    }
+}
+
+/// Reads `NAME=VALUE`.
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+    use crate::Wrenn;
+
+    const ID: &str = "cl-0000000000000000000000000";
+
+    fn parses(arguments: &[&str]) -> bool {
+        Wrenn::try_parse_from([&["wrenn", "capsule"], arguments].concat()).is_ok()
+    }
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Wrenn::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_capsule_is_the_command_with_all_its_dashes() {
+        assert!(parses(&["exec", ID, "--", "python3", "-c", "print(1)"]));
+        assert!(parses(&["exec", ID, "ls", "-l", "--json", "--url"]));
+        assert!(parses(&["exec", ID, "-e", "A=1", "--env", "B=x=y", "--cwd", "/", "--timeout", "5", "env"]));
+        assert!(parses(&["exec", "--json", "--background", ID, "sleep", "9"]));
+        assert!(!parses(&["exec", ID]));
+        assert!(!parses(&["exec", ID, "--env", "A", "env"]));
+        assert!(!parses(&["exec", ID, "--env", "=1", "env"]));
+        assert!(!parses(&["exec", ID, "--timeout", "0", "env"]));
+        assert!(!parses(&["exec", ID, "--timeout", "5", "--background", "env"]));
+        assert!(!parses(&["exec", "cl-1", "env"]));
+    }
+
+    #[test]
+    fn the_other_verbs() {
+        assert!(parses(&["create"]));
+        assert!(parses(&[
+            "create",
+            "--vcpus",
+            "2",
+            "--memory",
+            "1024",
+            "--label",
+            "a=b",
+            "--label",
+            "c=",
+            "--no-wait"
+        ]));
+        assert!(!parses(&["create", "--vcpus", "two"]));
+        assert!(parses(&["ls", "-q"]) && parses(&["list", "--json", "--url", "http://h", "--api-key", "k"]));
+        assert!(parses(&["rm", ID, ID]));
+        assert!(!parses(&["rm"]));
+        // 2^128, which is no id.
+        assert!(!parses(&["rm", "cl-f5lxx1zz5pnorynqglhzmsp34"]));
+        assert_eq!(pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
+    }
+}

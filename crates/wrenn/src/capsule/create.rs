@@ -1,0 +1,96 @@
+//! `wrenn capsule create`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use api::{Capsule, CreateCapsule, Status};
+use clap::Args;
+
+use crate::rest::Client;
+use crate::terminal::{self, Progress};
+
+/// Pause between two looks at a capsule that is starting.
+const LOOK_PAUSE: Duration = Duration::from_millis(200);
+/// How long a capsule may take to run before its creation counts as failed.
+const START_LIMIT: Duration = Duration::from_secs(180);
+
+/// Creates a capsule and prints its id once it runs.
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// What it is made from [default: minimal].
+    #[arg(long)]
+    template: Option<String>,
+    /// Virtual processors [default: 1].
+    #[arg(long)]
+    vcpus: Option<i64>,
+    /// Memory in MiB [default: 512].
+    #[arg(long, value_name = "MIB")]
+    memory: Option<i64>,
+    /// Most its root disk may grow to, in MiB [default: 5120].
+    #[arg(long, value_name = "MIB")]
+    disk: Option<i64>,
+    /// Seconds without use after which its host acts by itself; 0 means never [default: 0].
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<i64>,
+    /// A label; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = super::pair)]
+    label: Vec<(String, String)>,
+    /// Do not wait until it runs.
+    #[arg(long)]
+    no_wait: bool,
+}
+
+impl Create {
+    pub(super) async fn run(self, client: &Client, json: bool) -> Result<ExitCode> {
+        let request = CreateCapsule {
+            template: self.template,
+            vcpus: self.vcpus,
+            memory_mb: self.memory,
+            disk_size_mb: self.disk,
+            timeout_sec: self.timeout,
+            metadata: (!self.label.is_empty()).then(|| self.label.into_iter().collect()),
+        };
+        let progress = Progress::new(json);
+        progress.show("creating");
+        let mut capsule = client.create(&request).await?;
+        if !self.no_wait {
+            progress.show(&format!("starting {}", capsule.id));
+            capsule = running(client, capsule).await?;
+        }
+        drop(progress);
+        if json {
+            terminal::print_json(&capsule)?
+        } else {
+            terminal::print(&capsule.id.to_string())?
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Waits until it runs, or has come to an end that leads there no more.
+async fn running(client: &Client, mut capsule: Capsule) -> Result<Capsule> {
+    let wait = async {
+        loop {
+            match capsule.status {
+                Status::Running => return Ok(capsule),
+                Status::Error | Status::Stopping | Status::Stopped | Status::Missing => {
+                    let reason = capsule.reason.unwrap_or_else(|| format!("it is {:?}", capsule.status).to_lowercase());
+                    bail!("{} did not start: {reason}", capsule.id);
+                }
+                Status::Pending
+                | Status::Starting
+                | Status::Pausing
+                | Status::Paused
+                | Status::Snapshotting
+                | Status::Resuming
+                | Status::Hibernated => tokio::time::sleep(LOOK_PAUSE).await,
+            }
+            capsule = client.get(capsule.id).await?;
+        }
+    };
+    match tokio::time::timeout(START_LIMIT, wait).await {
+        Ok(result) => result,
+        Err(_) => bail!("the capsule did not run within {} seconds", START_LIMIT.as_secs()),
+    }
+}

@@ -1,0 +1,53 @@
+//! The `wrenn` command: its words, one module per command, and what they share.
+//!
+//! A command parses, asks the part of Wrenn that does the work, and says what came of it: for people on a terminal, as
+//! JSON with `--json`. It refuses to do the work itself.
+
+pub mod capsule;
+pub mod completions;
+pub mod current;
+pub mod doctor;
+pub mod rest;
+pub mod terminal;
+pub mod vmm_choice;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Runs untrusted code in microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "wrenn", version, about, propagate_version = true, disable_help_subcommand = true)]
+pub struct Wrenn {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Capsule(capsule::CapsuleCommand),
+    Doctor(doctor::Doctor),
+    Completions(completions::Completions),
+}
+
+impl Wrenn {
+    /// Runs the command, tells what went wrong on standard error, and gives the code to exit with.
+    pub async fn run(self) -> ExitCode {
+        let result = match self.command {
+            Command::Capsule(command) => command.run().await,
+            Command::Doctor(command) => command.run().await,
+            Command::Completions(command) => command.run(),
+        };
+        result.unwrap_or_else(|error| {
+            terminal::error(&error);
+            ExitCode::FAILURE
+        })
+    }
+}
+
+/// A program that was installed in the same directory as this one.
+pub fn beside(name: &str) -> Option<PathBuf> {
+    let path = std::env::current_exe().ok()?.parent()?.join(name);
+    path.is_file().then_some(path)
+}

@@ -1,0 +1,165 @@
+//! A client of Wrenn's REST API, as far as the commands need it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use api::{Capsule, CapsuleId, CreateCapsule, ErrorBody, ErrorCode, Exec, ExecResult, ExecStarted};
+use clap::Args;
+use reqwest::{Method, RequestBuilder, Response};
+use serde::de::DeserializeOwned;
+
+use crate::current::{self, Current};
+
+/// Where `wrenn up` listens when it is not told.
+const DEFAULT_URL: &str = "http://127.0.0.1:9725";
+/// For reaching the server.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// For everything that does not run a command; a create may hold its answer until the guest has booted.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
+/// What a foreground command gets on top of its own time, for its answer to arrive.
+const EXEC_MARGIN: Duration = Duration::from_secs(10);
+
+/// Which server, and as whom.
+#[derive(Debug, Clone, Args)]
+pub struct Server {
+    /// Address of the API [default: the `wrenn up` that runs here, else http://127.0.0.1:9725].
+    #[arg(long, global = true, env = "WRENN_BASE_URL", value_name = "URL", help_heading = "Server")]
+    url: Option<String>,
+    /// API key [default: that of the `wrenn up` that runs here].
+    #[arg(
+        long,
+        global = true,
+        env = "WRENN_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        help_heading = "Server"
+    )]
+    api_key: Option<String>,
+}
+
+impl Server {
+    /// A client of it.
+    pub fn client(&self) -> Result<Client> {
+        let (url, api_key) = resolve(self.url.as_deref(), self.api_key.as_deref(), current::read())?;
+        let http =
+            reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).build().context("starting the HTTP client")?;
+        Ok(Client { http, url, api_key })
+    }
+}
+
+/// Chooses address and key. A key is never sent to a server it was not meant for.
+fn resolve(url: Option<&str>, api_key: Option<&str>, current: Option<Current>) -> Result<(String, String)> {
+    let given = |value: Option<&str>| value.filter(|value| !value.is_empty()).map(str::to_owned);
+    let (url, api_key) = (given(url).map(|url| url.trim_end_matches('/').to_owned()), given(api_key));
+    let here = current.filter(|current| url.as_ref().is_none_or(|url| *url == current.url));
+    let (here_url, here_key) = here.map(|current| (current.url, current.api_key)).unzip();
+    let Some(api_key) = api_key.or(here_key) else {
+        bail!(
+            "no API key: no `wrenn up` of this user runs here; start one with `sudo wrenn up`, or set WRENN_API_KEY \
+             and WRENN_BASE_URL to what it printed"
+        );
+    };
+    Ok((url.or(here_url).unwrap_or_else(|| DEFAULT_URL.to_owned()), api_key))
+}
+
+/// The server's refusal, in its own words.
+#[derive(Debug)]
+pub struct Refused {
+    pub code: ErrorCode,
+    message: String,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// One server and one key.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    url: String,
+    api_key: String,
+}
+
+impl Client {
+    pub async fn create(&self, request: &CreateCapsule) -> Result<Capsule> {
+        self.read(self.request(Method::POST, "/v1/capsules").json(request).timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn list(&self) -> Result<Vec<Capsule>> {
+        self.read(self.request(Method::GET, "/v1/capsules").timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn get(&self, id: CapsuleId) -> Result<Capsule> {
+        self.read(self.request(Method::GET, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn destroy(&self, id: CapsuleId) -> Result<()> {
+        self.send(self.request(Method::DELETE, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await.map(drop)
+    }
+
+    /// Runs a command to its end. `limit` is the command's own.
+    pub async fn exec(&self, id: CapsuleId, exec: &Exec, limit: Duration) -> Result<ExecResult> {
+        let request = self.request(Method::POST, &format!("/v1/capsules/{id}/exec")).json(exec);
+        self.read(request.timeout(limit + EXEC_MARGIN)).await
+    }
+
+    /// Starts a command and leaves it running.
+    pub async fn start(&self, id: CapsuleId, exec: &Exec) -> Result<ExecStarted> {
+        self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/exec")).json(exec).timeout(CALL_LIMIT)).await
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url)).header("X-API-Key", &self.api_key)
+    }
+
+    async fn read<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
+        let answer = self.send(request).await?;
+        answer.json().await.with_context(|| format!("{} does not answer as a Wrenn server does", self.url))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response> {
+        let answer =
+            request.send().await.with_context(|| format!("cannot reach {}; does `wrenn up` run?", self.url))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let body = answer.bytes().await.unwrap_or_default();
+        match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(ErrorBody { error }) => Err(Refused { code: error.code, message: error.message }.into()),
+            Err(_) => bail!("{} answered {status}, and not as a Wrenn server does", self.url),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn here() -> Option<Current> {
+        serde_json::from_str(r#"{"url":"http://127.0.0.1:4711","api_key":"wrn_here","dir":"/data"}"#).unwrap()
+    }
+
+    #[test]
+    fn what_is_said_wins_over_what_runs_here() {
+        let resolve = |url, key, current| resolve(url, key, current).map_err(|error| error.to_string());
+        let pair = |url: &str, key: &str| Ok((url.to_owned(), key.to_owned()));
+        assert_eq!(resolve(None, None, here()), pair("http://127.0.0.1:4711", "wrn_here"));
+        assert_eq!(resolve(Some(""), Some(""), here()), pair("http://127.0.0.1:4711", "wrn_here"));
+        assert_eq!(resolve(Some("https://w/api/"), Some("wrn_1"), here()), pair("https://w/api", "wrn_1"));
+        assert_eq!(resolve(None, Some("wrn_1"), here()), pair("http://127.0.0.1:4711", "wrn_1"));
+        assert_eq!(resolve(None, Some("wrn_1"), None), pair(DEFAULT_URL, "wrn_1"));
+        assert!(resolve(None, None, None).unwrap_err().contains("wrenn up"));
+    }
+
+    #[test]
+    fn the_key_of_here_goes_nowhere_else() {
+        assert!(resolve(Some("https://elsewhere"), None, here()).is_err());
+        assert!(resolve(Some("http://127.0.0.1:4711/"), None, here()).is_ok());
+    }
+}

@@ -1,0 +1,304 @@
+//! The command as people and scripts meet it: words in, bytes and exit codes out.
+//!
+//! The server is a stand-in with the public types; the whole, with a real one, is tested end to end in `tests/`.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
+
+use api::{Capsule, CapsuleId, Encoding, ErrorBody, ErrorCode, ErrorDetail, ExecResult, ExecStarted, Status};
+use axum::extract::{Path as UrlPath, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+const ID: &str = "cl-0000000000000000000000001";
+const KEY: &str = "wrn_0123456789abcdef0123456789abcdef";
+
+fn wrenn() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn"));
+    command.env_remove("WRENN_BASE_URL").env_remove("WRENN_API_KEY").env("XDG_STATE_HOME", "/nowhere");
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    wrenn().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn doctor_reports_on_this_machine() {
+    let output = run(&["doctor", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let named = |name: &str| checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name}"));
+    for name in [
+        "kvm",
+        "firecracker",
+        "firecracker-qemu",
+        "qemu",
+        "vmm",
+        "privileges",
+        "kernel",
+        "cgroup",
+        "nf_tables",
+        "tun",
+        "loop",
+        "userfaultfd",
+        "memory",
+        "reflink",
+        "xfs",
+        "disk",
+    ] {
+        let check = named(name);
+        assert!(!check["found"].as_str().unwrap().is_empty());
+        assert_eq!(check["verdict"] == "ok", check["remedy"].is_null(), "{check}");
+    }
+    let failed = checks.iter().any(|check| check["verdict"] == "fail");
+    assert_eq!(report["ready"], !failed);
+    assert_eq!(output.status.code(), Some(failed.into()));
+    assert_eq!(report["vmm"].is_null(), named("vmm")["verdict"] == "fail");
+    assert_eq!(named("kvm")["verdict"] == "ok", vmm::kvm::probe(Path::new("/dev/kvm")) == vmm::kvm::Kvm::Usable);
+    // Tests run as root, on a machine that the project's other tests make networks on.
+    for name in ["privileges", "kernel", "nf_tables", "tun"] {
+        assert_eq!(named(name)["verdict"], "ok", "{}", named(name));
+    }
+
+    let plain = run(&["doctor"]);
+    assert!(!plain.stdout.contains(&0x1b), "colours without a terminal");
+    assert!(plain.stderr.is_empty(), "{}", text(&plain.stderr));
+    for check in checks {
+        assert!(text(&plain.stdout).contains(check["name"].as_str().unwrap()));
+    }
+}
+
+#[test]
+fn completions_and_version() {
+    assert_eq!(text(&run(&["--version"]).stdout), format!("wrenn {}\n", env!("CARGO_PKG_VERSION")));
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run(&["completions", shell]);
+        assert!(output.status.success());
+        for word in ["capsule", "doctor", "exec", "completions"] {
+            assert!(text(&output.stdout).contains(word), "{shell}: {word}");
+        }
+    }
+    let script = run(&["completions", "bash"]).stdout;
+    let complete = format!(
+        "{}\nCOMP_WORDS=(wrenn cap); COMP_CWORD=1; _wrenn wrenn cap wrenn; echo ${{COMPREPLY[0]}}",
+        text(&script)
+    );
+    let reply = Command::new("bash").args(["-c", &complete]).output().unwrap();
+    assert_eq!(text(&reply.stdout), "capsule\n", "{}", text(&reply.stderr));
+    assert_eq!(run(&["completions", "cmd"]).status.code(), Some(2));
+}
+
+#[test]
+fn without_a_server_it_says_what_to_do() {
+    let output = run(&["capsule", "list"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("sudo wrenn up"), "{}", text(&output.stderr));
+    let output = run(&["capsule", "exec", ID, "true"]);
+    assert_eq!(output.status.code(), Some(125));
+    // Nobody listens on port 1.
+    let output = run(&["capsule", "list", "--url", "http://127.0.0.1:1", "--api-key", KEY]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("cannot reach http://127.0.0.1:1"), "{}", text(&output.stderr));
+}
+
+/// The requests it got: method and path, and the body where there was one.
+type Seen = Arc<Mutex<Vec<(String, Value)>>>;
+
+/// A server with one capsule, whose second look finds it running.
+struct Server {
+    runtime: tokio::runtime::Runtime,
+    url: String,
+    seen: Seen,
+    home: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let seen = Seen::default();
+        let routes = Router::new()
+            .route("/v1/capsules", post(create).get(list))
+            .route("/v1/capsules/{id}", get(look).delete(remove))
+            .route("/v1/capsules/{id}/exec", post(exec))
+            .with_state(seen.clone());
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        runtime.spawn(async move { axum::serve(listener, routes).await });
+        let home = tempfile::tempdir().unwrap();
+        // Found as `wrenn up` leaves it.
+        std::fs::create_dir(home.path().join("wrenn")).unwrap();
+        let note = json!({"url": url, "api_key": KEY, "dir": "/data"}).to_string();
+        std::fs::write(home.path().join("wrenn/current.json"), note).unwrap();
+        Self { runtime, url, seen, home }
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        wrenn().env("XDG_STATE_HOME", self.home.path()).arg("capsule").args(arguments).output().unwrap()
+    }
+
+    fn seen(&self) -> Vec<(String, Value)> {
+        std::mem::take(&mut self.seen.lock().unwrap())
+    }
+
+    fn end(self) {
+        self.runtime.shutdown_background();
+    }
+}
+
+fn capsule(status: Status) -> Json<Capsule> {
+    Json(Capsule {
+        id: ID.parse().unwrap(),
+        status,
+        template: "minimal".to_owned(),
+        vcpus: 1,
+        memory_mb: 512,
+        disk_size_mb: 5120,
+        timeout_sec: 0,
+        created_at: Default::default(),
+        started_at: None,
+        last_active_at: None,
+        last_updated: Default::default(),
+        metadata: Default::default(),
+        reason: None,
+    })
+}
+
+fn refuse(status: StatusCode, code: ErrorCode, message: &str) -> Response {
+    (status, Json(ErrorBody { error: ErrorDetail { code, message: message.to_owned() } })).into_response()
+}
+
+async fn create(State(seen): State<Seen>, headers: HeaderMap, Json(body): Json<Value>) -> Response {
+    if headers.get("x-api-key").is_none_or(|key| key != KEY) {
+        return refuse(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, "the API key is unknown");
+    }
+    seen.lock().unwrap().push(("create".to_owned(), body));
+    (StatusCode::CREATED, capsule(Status::Starting)).into_response()
+}
+
+async fn list() -> Json<[Capsule; 1]> {
+    Json([capsule(Status::Running).0])
+}
+
+async fn look(State(seen): State<Seen>, UrlPath(_): UrlPath<CapsuleId>) -> Json<Capsule> {
+    let mut seen = seen.lock().unwrap();
+    let status = if seen.iter().any(|(request, _)| request == "look") { Status::Running } else { Status::Starting };
+    seen.push(("look".to_owned(), Value::Null));
+    capsule(status)
+}
+
+async fn remove(State(seen): State<Seen>, UrlPath(id): UrlPath<CapsuleId>) -> Response {
+    seen.lock().unwrap().push(("remove".to_owned(), Value::Null));
+    if id.to_string() == ID {
+        return StatusCode::NO_CONTENT.into_response();
+    }
+    refuse(StatusCode::NOT_FOUND, ErrorCode::NotFound, "there is no such capsule")
+}
+
+async fn exec(State(seen): State<Seen>, UrlPath(id): UrlPath<CapsuleId>, Json(body): Json<Value>) -> Response {
+    seen.lock().unwrap().push(("exec".to_owned(), body.clone()));
+    let cmd = body["cmd"].as_str().unwrap().to_owned();
+    if body["background"] == true {
+        return Json(ExecStarted { sandbox_id: id, cmd, pid: 71, tag: "proc-1".to_owned() }).into_response();
+    }
+    let result = |stdout: &str, stderr: &str, exit_code, encoding| ExecResult {
+        sandbox_id: id,
+        cmd: cmd.clone(),
+        stdout: stdout.to_owned(),
+        stderr: stderr.to_owned(),
+        exit_code,
+        duration_ms: 1,
+        encoding,
+    };
+    match cmd.as_str() {
+        "text" => Json(result("hällo\n", "oops", 3, Encoding::Utf8)).into_response(),
+        // 0xff 0x00 0x0a, and nothing.
+        "bytes" => Json(result("/wAK", "", 0, Encoding::Base64)).into_response(),
+        "killed" => Json(result("", "", -1, Encoding::Utf8)).into_response(),
+        "slow" => refuse(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout, "the command ran longer than 30 seconds"),
+        _ => (StatusCode::BAD_GATEWAY, "<html>not ours</html>").into_response(),
+    }
+}
+
+#[test]
+fn create_waits_until_it_runs_and_prints_the_id() {
+    let server = Server::start();
+    let output = server.run(&["create", "--template", "minimal", "--memory", "1024", "--label", "a=b"]);
+    assert_eq!((text(&output.stdout), text(&output.stderr)), (format!("{ID}\n").as_str(), ""));
+    let seen = server.seen();
+    assert_eq!(
+        seen[0].1,
+        json!({"template": "minimal", "vcpus": null, "memory_mb": 1024, "disk_size_mb": null,
+        "timeout_sec": null, "metadata": {"a": "b"}})
+    );
+    assert_eq!(seen[1..].iter().map(|(request, _)| request.as_str()).collect::<Vec<_>>(), ["look", "look"]);
+
+    let output = server.run(&["create", "--no-wait", "--json"]);
+    let created: Capsule = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(created.status, Status::Starting);
+    assert_eq!(server.seen().len(), 1);
+
+    let output = server.run(&["create", "--api-key", "wrn_wrong"]);
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(1), "error: the API key is unknown\n"));
+    // A key for here is not sent elsewhere, even if elsewhere is only another name for here.
+    let elsewhere = server.url.replace("127.0.0.1", "localhost");
+    let output = server.run(&["create", "--url", &elsewhere]);
+    assert!(text(&output.stderr).contains("no API key"), "{}", text(&output.stderr));
+    server.end();
+}
+
+#[test]
+fn exec_passes_bytes_and_codes_through() {
+    let server = Server::start();
+    let output =
+        server.run(&["exec", ID, "--env", "A=1", "--cwd", "/tmp", "--timeout", "7", "--", "text", "-x", "y z"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("hällo\n", "oops"));
+    let body = &server.seen()[0].1;
+    assert_eq!((&body["cmd"], &body["args"]), (&json!("text"), &json!(["-x", "y z"])));
+    assert_eq!((&body["envs"], &body["cwd"], &body["timeout_sec"]), (&json!({"A": "1"}), &json!("/tmp"), &json!(7)));
+
+    assert_eq!(server.run(&["exec", ID, "bytes"]).stdout, [0xff, 0, b'\n']);
+    assert_eq!(server.run(&["exec", ID, "killed"]).status.code(), Some(255));
+    let late = server.run(&["exec", ID, "slow"]);
+    assert_eq!(
+        (late.status.code(), text(&late.stderr)),
+        (Some(124), "error: the command ran longer than 30 seconds\n")
+    );
+    let foreign = server.run(&["exec", ID, "else"]);
+    assert_eq!(foreign.status.code(), Some(125));
+    assert!(text(&foreign.stderr).contains("502 Bad Gateway"), "{}", text(&foreign.stderr));
+
+    let output = server.run(&["exec", "--background", ID, "sleep", "9"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "71\n"));
+    let output = server.run(&["exec", "--json", ID, "text"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(serde_json::from_slice::<ExecResult>(&output.stdout).unwrap().stdout, "hällo\n");
+    server.end();
+}
+
+#[test]
+fn list_and_rm() {
+    let server = Server::start();
+    assert_eq!(text(&server.run(&["ls", "--quiet"]).stdout), format!("{ID}\n"));
+    let table = server.run(&["list"]);
+    let lines: Vec<_> = text(&table.stdout).lines().collect();
+    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>()[..4], [ID, "running", "minimal", "1"]);
+    let json: Vec<Capsule> = serde_json::from_slice(&server.run(&["list", "--json"]).stdout).unwrap();
+    assert_eq!(json.len(), 1);
+
+    assert_eq!(text(&server.run(&["rm", ID]).stdout), format!("{ID}\n"));
+    let other = "cl-0000000000000000000000002";
+    let output = server.run(&["rm", other, ID]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), format!("{ID}\n").as_str()));
+    assert_eq!(text(&output.stderr), format!("error: cannot remove {other}: there is no such capsule\n"));
+    server.end();
+}
