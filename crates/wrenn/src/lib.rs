@@ -3,12 +3,16 @@
 //! A command parses, asks the part of Wrenn that does the work, and says what came of it: for people on a terminal, as
 //! JSON with `--json`. It refuses to do the work itself.
 
+pub mod agent;
 pub mod capsule;
 pub mod completions;
+pub mod control;
 pub mod current;
 pub mod doctor;
+pub mod images;
 pub mod rest;
 pub mod terminal;
+pub mod up;
 pub mod vmm_choice;
 
 use std::path::PathBuf;
@@ -26,6 +30,9 @@ pub struct Wrenn {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Up(up::Up),
+    Agent(agent::AgentCommand),
+    Control(control::ControlCommand),
     Capsule(capsule::CapsuleCommand),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -35,6 +42,9 @@ impl Wrenn {
     /// Runs the command, tells what went wrong on standard error, and gives the code to exit with.
     pub async fn run(self) -> ExitCode {
         let result = match self.command {
+            Command::Up(command) => command.run().await,
+            Command::Agent(command) => command.run().await,
+            Command::Control(command) => command.run().await,
             Command::Capsule(command) => command.run().await,
             Command::Doctor(command) => command.run().await,
             Command::Completions(command) => command.run(),

@@ -3,12 +3,13 @@
 use std::fs::{self, File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use agent::Agent;
+use ::agent::Agent;
+use ::control::Control;
 use agent_api::Endpoint;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use control::Control;
 use serde::Serialize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
@@ -16,12 +17,15 @@ use tokio_util::sync::CancellationToken;
 use crate::terminal::Progress;
 use crate::{images, vmm_choice};
 
+/// Where everything is kept unless told otherwise.
+pub const DIR: &str = "/var/lib/wrenn";
+
 /// Starts Wrenn on this machine: API, host agent, database and disks, all below one directory.
 #[derive(Debug, Args)]
 pub struct Up {
-    /// Where everything is kept [default: /var/lib/wrenn for root].
-    #[arg(long, env = "WRENN_DIR")]
-    dir: Option<PathBuf>,
+    /// Where everything is kept.
+    #[arg(long, env = "WRENN_DIR", default_value = DIR)]
+    dir: PathBuf,
     /// Address of the API; port 0 takes a free one.
     #[arg(long, env = "WRENN_LISTEN", default_value = "127.0.0.1:9725")]
     listen: String,
@@ -47,18 +51,9 @@ struct Ready {
 
 impl Up {
     /// Runs until ctrl-C or SIGTERM, then ends every capsule and gives back everything but the data.
-    pub async fn run(self) -> Result<()> {
+    pub async fn run(self) -> Result<ExitCode> {
         let progress = Progress::new(self.json);
-        if !rustix::process::geteuid().is_root() {
-            bail!("`wrenn up` needs root: it makes network namespaces, mounts and control groups");
-        }
-        let dir = match self.dir {
-            Some(dir) => dir,
-            None => PathBuf::from("/var/lib/wrenn"),
-        };
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-        let dir = dir.canonicalize()?;
+        let dir = prepare_dir(&self.dir)?;
         let _lock = lock(&dir)?;
 
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
@@ -66,7 +61,7 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = agent::Config { dir: dir.clone(), vmm: choice.binary, kernel: images.kernel, templates: images.templates };
+        let config = ::agent::Config { dir: dir.clone(), vmm: choice.binary, kernel: images.kernel, templates: images.templates };
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -78,7 +73,7 @@ impl Up {
             None => format!("sqlite://{}?mode=rwc", dir.join("wrenn.db").display()),
         };
         let domain = format!("localhost:{}", address.port());
-        let control = Control::open(control::Config {
+        let control = Control::open(::control::Config {
             database_url,
             agent: Endpoint::Unix(socket.clone()),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -92,7 +87,8 @@ impl Up {
             axum::serve(agent_listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned()).into_future(),
         );
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
-        let control_server = tokio::spawn(control.run(listener, shutdown.clone().cancelled_owned()));
+        let stop = shutdown.clone().cancelled_owned();
+        let control_server = tokio::spawn(async move { control.run(listener, stop).await });
 
         let ready = Ready { url: format!("http://{address}"), api_key, domain, pid: std::process::id() };
         crate::current::write(&dir, &ready.url, &ready.api_key)?;
@@ -114,17 +110,27 @@ impl Up {
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
         agent.close().await.context("closing the agent")?;
-        Ok(())
+        Ok(ExitCode::SUCCESS)
     }
 }
 
+/// The data directory, made if need be, readable by root alone, in its one true spelling.
+pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("this needs root: it makes network namespaces, mounts and control groups");
+    }
+    fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    Ok(dir.canonicalize()?)
+}
+
 /// Holds the directory for this process alone. The kernel lets go when it ends, however it ends.
-fn lock(dir: &Path) -> Result<File> {
+pub fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another `wrenn up` uses {}; give this one its own --dir", dir.display()),
+        Err(TryLockError::WouldBlock) => bail!("another wrenn uses {}; give this one its own --dir", dir.display()),
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
     }
 }

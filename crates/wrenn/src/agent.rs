@@ -1,0 +1,56 @@
+//! `wrenn agent`: the host agent alone, for a machine of a fleet or for working on it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use ::agent::Agent;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::terminal::{Progress, interrupted};
+use crate::{images, up, vmm_choice};
+
+/// Runs the host agent alone. Stopping it leaves its capsules running, for the next one to take over.
+#[derive(Debug, Args)]
+pub struct AgentCommand {
+    /// Where everything is kept.
+    #[arg(long, env = "WRENN_DIR", default_value = up::DIR)]
+    dir: PathBuf,
+    /// Loopback address for the control plane, which needs no certificate there.
+    #[arg(long, env = "WRENN_HOST_LISTEN_ADDR", default_value = "127.0.0.1:50051")]
+    listen: SocketAddr,
+    /// The VMM to use in place of the one that fits this machine.
+    #[arg(long, env = "WRENN_VMM")]
+    vmm: Option<PathBuf>,
+}
+
+impl AgentCommand {
+    /// Runs until ctrl-C or SIGTERM.
+    pub async fn run(self) -> Result<ExitCode> {
+        if !self.listen.ip().is_loopback() {
+            bail!("--listen {} is not a loopback address, and the agent does not ask who is calling", self.listen);
+        }
+        let progress = Progress::new(false);
+        let dir = up::prepare_dir(&self.dir)?;
+        let _lock = up::lock(&dir)?;
+        let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
+        progress.say(&choice.sentence);
+        let images = images::prepare(&images::cache()?, &progress).await?;
+        let config = ::agent::Config { dir, vmm: choice.binary, kernel: images.kernel, templates: images.templates };
+        let agent = Agent::open(config).await.context("starting the agent")?;
+        let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
+        progress.say(&format!("agent listens on {}", listener.local_addr()?));
+        let shutdown = CancellationToken::new();
+        let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let server = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+        let server = tokio::spawn(server.into_future());
+        interrupted().await?;
+        shutdown.cancel();
+        server.await?.context("the agent's listener")?;
+        forget.await?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
