@@ -3,8 +3,9 @@
 use connectrpc::client::{CallOptions, ClientConfig, ClientTransport, HttpClient, ServerStream};
 use connectrpc::{CodecFormat, ConnectError};
 use guest_api::process::{
-    ConnectRequest, ConnectResponseView, ProcessClient, ProcessConfig, ProcessEvent, ProcessSelector,
-    StartRequest, StartResponseView, process_event::EndEvent, process_event::Event, process_event::data_event::Output, process_selector::Selector,
+    ConnectRequest, ConnectResponseView, ProcessClient, ProcessConfig, ProcessEvent, ProcessSelector, StartRequest,
+    StartResponseView, process_event::EndEvent, process_event::Event, process_event::data_event::Output,
+    process_selector::Selector,
 };
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};

@@ -2,7 +2,6 @@
 
 mod harness;
 mod http;
-mod init;
 mod input;
 mod leaks;
 mod lifetime;

@@ -35,7 +35,9 @@ async fn sixty_four_mebibytes_are_exact() {
     let envd = Envd::start();
     for codec in [CodecFormat::Proto, CodecFormat::Json] {
         // A stream that never repeats, made by the digest of its own position.
-        let script = format!("openssl enc -aes-128-ctr -nosalt -K 00 -iv 00 -in /dev/zero 2>/dev/null | head -c {BYTES} | tee /dev/fd/2 2>/dev/null | sha256sum 1>&2");
+        let script = format!(
+            "openssl enc -aes-128-ctr -nosalt -K 00 -iv 00 -in /dev/zero 2>/dev/null | head -c {BYTES} | tee /dev/fd/2 2>/dev/null | sha256sum 1>&2"
+        );
         let script = script.replace(" | tee /dev/fd/2 2>/dev/null", " | tee /dev/fd/3").replace("1>&2", "1>&2; } 3>&1");
         let run = run(&envd.client_in(codec), command("/bin/bash", &["-c", &format!("{{ {script}")])).await;
         assert_eq!(run.stdout.len(), BYTES);
@@ -91,7 +93,10 @@ async fn a_descendant_that_goes_on_writing_neither_blocks_nor_dies() {
     let directory = tempfile::tempdir().unwrap();
     let marker = directory.path().join("marker");
     // Far more than a pipe holds, written after the end was delivered.
-    let script = format!("(while [ ! -e {0}.go ]; do sleep 0.05; done; head -c 1000000 /dev/zero; echo done > {0}) & echo hi", marker.display());
+    let script = format!(
+        "(while [ ! -e {0}.go ]; do sleep 0.05; done; head -c 1000000 /dev/zero; echo done > {0}) & echo hi",
+        marker.display()
+    );
     let run = run(&envd.client(), sh(&script)).await;
     assert_eq!(run.out(), "hi\n");
     std::fs::write(format!("{}.go", marker.display()), "").unwrap();

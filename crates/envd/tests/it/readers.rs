@@ -20,7 +20,8 @@ async fn a_slow_reader_stalls_the_process_and_loses_nothing() {
     let mut socket = std::net::TcpStream::connect(envd.address).unwrap();
     let body = serde_json::json!({"process": {"cmd": "python3", "args": ["-c", script]}}).to_string();
     crate::wire::send(&mut socket, "/process.Process/Start", "application/connect+json", &crate::wire::envelope(&body));
-    let written = || std::fs::read_to_string(&progress).ok().and_then(|text| text.trim().parse::<usize>().ok()).unwrap_or(0);
+    let written =
+        || std::fs::read_to_string(&progress).ok().and_then(|text| text.trim().parse::<usize>().ok()).unwrap_or(0);
     // It stops once every buffer on the way is full.
     let mut last = usize::MAX;
     while written() == 0 || written() != last {
@@ -90,7 +91,12 @@ async fn a_stuck_reader_does_not_stall_another() {
     let number = good.started().await;
     let mut stuck = std::net::TcpStream::connect(envd.address).unwrap();
     let body = serde_json::json!({"process": {"pid": number}}).to_string();
-    crate::wire::send(&mut stuck, "/process.Process/Connect", "application/connect+json", &crate::wire::envelope(&body));
+    crate::wire::send(
+        &mut stuck,
+        "/process.Process/Connect",
+        "application/connect+json",
+        &crate::wire::envelope(&body),
+    );
     let mut first_byte = [0];
     stuck.read_exact(&mut first_byte).unwrap();
     let request = guest_api::process::CloseStdinRequest { process: process(pid(number)).into(), ..Default::default() };
@@ -117,7 +123,10 @@ async fn a_latecomer_gets_what_was_said_and_the_end() {
         let mut late = connect(&client, selector).await.unwrap();
         assert_eq!(late.started().await, run.pid);
         let late = late.rest().await.unwrap();
-        assert_eq!((late.out().as_str(), late.stderr.as_slice(), late.end), ("early\n", b"problem\n".as_slice(), run.end.clone()));
+        assert_eq!(
+            (late.out().as_str(), late.stderr.as_slice(), late.end),
+            ("early\n", b"problem\n".as_slice(), run.end.clone())
+        );
     }
 }
 
@@ -140,4 +149,3 @@ async fn an_idle_stream_says_that_it_lives() {
     assert_eq!(run.out(), "done\n");
     assert!(run.keepalives >= 1, "{}", run.keepalives);
 }
-
