@@ -2,6 +2,7 @@
 
 mod harness;
 mod http;
+mod init;
 mod input;
 mod leaks;
 mod lifetime;
