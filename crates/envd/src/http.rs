@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use axum::{Json, Router};
-use connectrpc::{ConnectRpcService, Limits};
+use connectrpc::{CompressionPolicy, ConnectRpcService, Limits};
 use guest_api::{ACCESS_TOKEN_HEADER, Health, HttpError, Init, VERSION_HEADER};
 use std::sync::Arc;
 
@@ -34,7 +34,10 @@ pub struct Context {
 pub fn router(service: Service, context: Context) -> Router {
     let limits =
         Limits::default().with_max_message_size(MESSAGE_BYTES).with_max_request_body_size(MESSAGE_BYTES + 1024);
-    let process = ConnectRpcService::new(connectrpc::Router::new().add_service(Arc::new(service))).with_limits(limits);
+    // The host is one hop away: compressing would cost a slow guest far more than it saves.
+    let process = ConnectRpcService::new(connectrpc::Router::new().add_service(Arc::new(service)))
+        .with_compression_policy(CompressionPolicy::disabled())
+        .with_limits(limits);
     Router::new()
         .route(HEALTH, get(health))
         .route(INIT, post(init))

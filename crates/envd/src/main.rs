@@ -82,7 +82,7 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool) -> Result<(), Error> {
     let listen = |source| Error::Listen { port, source };
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(listen)?;
     listener.set_nonblocking(true).map_err(listen)?;
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).clamp(2, MAX_WORKERS);
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
     runtime.map_err(Error::Runtime)?.block_on(async {
         let reaper = Arc::new(Reaper::default());

@@ -25,17 +25,17 @@ pub fn run() -> Cgroups {
     step("setting the host name", names::set());
     step("configuring the network", network::configure());
     step("growing the root file system", root_disk::grow());
-    step("raising envd's priority", favour_envd());
+    // Whoever runs short of something, it should not be envd.
+    step("exempting envd from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
+    step("raising envd's priority", rustix::process::setpriority_process(None, NICE).map_err(Into::into));
+    step("raising envd's limit of open files", raise_open_files());
     Cgroups::create(Path::new(cgroup::ROOT)).unwrap_or_else(|error| {
         tracing::warn!(%error, "no control groups");
         Cgroups::none()
     })
 }
 
-/// Whoever runs short of something, it should not be envd.
-fn favour_envd() -> std::io::Result<()> {
-    std::fs::write("/proc/self/oom_score_adj", "-1000")?;
-    rustix::process::setpriority_process(None, NICE)?;
+fn raise_open_files() -> std::io::Result<()> {
     let limit = rustix::process::Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)?)
 }

@@ -12,8 +12,10 @@ const GRACE: Duration = Duration::from_millis(500);
 
 /// Waits for the order to stop, and stops the machine.
 pub async fn shut_down_on_signal() -> io::Result<()> {
-    // Ctrl-alt-del then is a SIGINT to us instead of an immediate reset.
-    reboot(RebootCommand::CadOff)?;
+    // Ctrl-alt-del then is a SIGINT to us instead of an immediate reset. Only the first pid namespace has one.
+    if let Err(error) = reboot(RebootCommand::CadOff) {
+        tracing::debug!(%error, "ctrl-alt-del stays as it is");
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {

@@ -15,6 +15,8 @@ use std::sync::atomic::AtomicI32;
 
 /// Memory for the child's life between `clone3` and `execve`; it calls nothing that needs more than a few hundred bytes.
 const STACK_BYTES: usize = 64 * 1024;
+/// How many signals the kernel has.
+const SIGNALS: usize = 64;
 // Beyond what `c_int` holds, which is how libc declares them.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -301,9 +303,11 @@ unsafe fn prepare(shared: &Shared<'_>) -> Result<(), (Stage, c_int)> {
         }
         check(Stage::Directory, libc::chdir(shared.cwd).into())?;
         libc::umask(0o022);
-        // CLONE_CLEAR_SIGHAND reset the handlers but not what envd ignores.
-        for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+        // CLONE_CLEAR_SIGHAND reset the handlers but not what envd ignores or inherited so; all zero is the default. By system
+        // call, because the C library keeps two signals to itself.
+        let default = [0u64; 4];
+        for signal in 1..=SIGNALS {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, SIGNALS / 8);
         }
         let mut none = std::mem::MaybeUninit::uninit();
         libc::sigemptyset(none.as_mut_ptr());

@@ -1,0 +1,12 @@
+//! envd as its clients see it: a real binary, driven over its real wire.
+
+mod harness;
+mod http;
+mod init;
+mod input;
+mod leaks;
+mod lifetime;
+mod output;
+mod plan;
+mod readers;
+mod wire;
