@@ -4,5 +4,7 @@
 //! What it promises is written down as `agent_conformance`, which the real agent passes too.
 
 pub mod fake_agent;
+pub mod postgres;
 
 pub use fake_agent::FakeAgent;
+pub use postgres::Postgres;
