@@ -68,6 +68,11 @@ impl Control {
         Ok(key.reveal())
     }
 
+    #[cfg(test)]
+    pub(crate) fn context(&self) -> Arc<Context> {
+        self.ctx.clone()
+    }
+
     /// Every route.
     pub fn router(&self) -> Router {
         http::router(http::App { ctx: self.ctx.clone(), version: self.version.clone() })

@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use connectrpc::{ConnectError, ConnectRpcService, ErrorCode};
 use guest_api::process::ProcessExt;
 use tempfile::TempDir;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -24,11 +24,15 @@ pub use processes::Running;
 /// The image every fake agent has.
 pub const IMAGE: &str = "minimal";
 
+/// A listener's task, and what ends it when it is dropped.
+type Server = (JoinHandle<()>, oneshot::Sender<()>);
+
 /// A fake agent. Dropping it closes its socket and forgets everything.
 pub struct FakeAgent {
     inner: Arc<Inner>,
     path: PathBuf,
-    server: Option<(JoinHandle<()>, oneshot::Sender<()>)>,
+    server: Option<Server>,
+    tcp: Option<Server>,
     _dir: TempDir,
 }
 
@@ -61,11 +65,19 @@ impl FakeAgent {
             destroys: watch::Sender::new(0),
         });
         let server = Some(listen(&inner, &path));
-        Self { inner, path, server, _dir: dir }
+        Self { inner, path, server, tcp: None, _dir: dir }
     }
 
     pub fn endpoint(&self) -> Endpoint {
         Endpoint::Unix(self.path.clone())
+    }
+
+    /// Listens on a TCP port too, and answers that address.
+    pub async fn listen_tcp(&mut self) -> Endpoint {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        self.tcp = Some(serve(&self.inner, listener));
+        format!("http://{address}").parse().expect("an address is an endpoint")
     }
 
     /// Closes the socket, as an agent does that is restarted; its capsules run on.
@@ -143,8 +155,15 @@ impl FakeAgent {
 }
 
 /// Serves on the socket until the sender is dropped and the last call is answered.
-fn listen(inner: &Arc<Inner>, path: &Path) -> (JoinHandle<()>, oneshot::Sender<()>) {
-    let listener = UnixListener::bind(path).expect("a socket in our own directory");
+fn listen(inner: &Arc<Inner>, path: &Path) -> Server {
+    serve(inner, UnixListener::bind(path).expect("a socket in our own directory"))
+}
+
+fn serve<L>(inner: &Arc<Inner>, listener: L) -> Server
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
     let rpc = Arc::new(service::Service(inner.clone())).register(connectrpc::Router::new());
     let router = axum::Router::new()
         .route("/guest/{id}/{*path}", axum::routing::any(guest))
@@ -192,8 +211,11 @@ async fn guest(
     extract::Path((id, path)): extract::Path<(String, String)>,
     mut request: Request,
 ) -> Response {
-    let service = match inner.capsules().get(&id) {
-        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => entry.guest.clone(),
+    let service = match inner.capsules().get_mut(&id) {
+        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
+            entry.capsule.last_active_unix_ms = service::now_ms();
+            entry.guest.clone()
+        }
         _ => return ConnectError::not_found(format!("no capsule {id} runs here")).into_response(),
     };
     *request.uri_mut() = format!("/{path}").parse().expect("the rest of a path is a path");

@@ -26,6 +26,7 @@ until "$1/pg_isready" -q -h "$2"; do
     sleep 0.05
 done
 echo ready
+exec >/dev/null 2>&1
 read -r _ || true
 kill -INT $!
 wait $! || true

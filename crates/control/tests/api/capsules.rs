@@ -16,6 +16,7 @@ on_both![
     lists_are_newest_first_and_without_the_ended,
     destroying_is_repeatable,
     a_slow_start_is_answered_and_awaited,
+    patience_ends_before_the_clients,
     a_client_that_leaves_leaves_no_orphan,
     many_at_once,
     a_destroy_overtakes_a_create,
@@ -100,6 +101,25 @@ async fn a_slow_start_is_answered_and_awaited(world: World) {
     assert_eq!(create.await.unwrap().unwrap().status(), StatusCode::CREATED);
     assert_eq!(exec.await.unwrap().unwrap().json::<Value>().await.unwrap()["stdout"], "early\n");
     assert_eq!(ping.await.unwrap().unwrap().status(), StatusCode::NO_CONTENT);
+}
+
+async fn patience_ends_before_the_clients(world: World) {
+    world.agent.hold();
+    let mut creates = world.agent.creates();
+    let create = tokio::spawn(world.request(Method::POST, "/v1/capsules").json(&json!({})).send());
+    creates.wait_for(|&count| count == 1).await.unwrap();
+    let id = world.get("/v1/capsules").await.1[0]["id"].as_str().unwrap().to_owned();
+    // The SDK gives up after 30 s, silently for a create.
+    let exec = world.request(Method::POST, &format!("/v1/capsules/{id}/exec")).json(&json!({ "cmd": "pwd" }));
+    let exec = exec.timeout(Duration::from_secs(30));
+    let message = refused(world.send(exec).await, 409, ErrorCode::InvalidState);
+    assert_eq!(message, "the capsule is starting");
+    let created = create.await.unwrap().unwrap();
+    assert_eq!(created.status(), StatusCode::CREATED);
+    assert_eq!(created.json::<Value>().await.unwrap()["status"], "starting");
+    // It goes on nonetheless.
+    world.agent.release();
+    world.until(id.parse().unwrap(), "running").await;
 }
 
 async fn a_client_that_leaves_leaves_no_orphan(world: World) {

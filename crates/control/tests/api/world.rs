@@ -130,6 +130,16 @@ impl World {
         }
     }
 
+    /// Waits until nothing runs in the capsule.
+    pub async fn until_idle(&self, id: CapsuleId) {
+        let idle = async {
+            while !self.agent.processes(id).is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, idle).await.expect("its processes are ended");
+    }
+
     /// Tells the control plane to end, as a signal would.
     pub fn begin_shut_down(&mut self) {
         // It may have ended by itself, which `shut_down` tells.
