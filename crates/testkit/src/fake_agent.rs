@@ -4,17 +4,18 @@ mod processes;
 mod service;
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt};
 use api::CapsuleId;
-use axum::extract::{Path, Request, State};
+use axum::extract::{self, Request, State};
 use axum::response::{IntoResponse, Response};
 use connectrpc::{ConnectError, ConnectRpcService, ErrorCode};
 use guest_api::process::ProcessExt;
 use tempfile::TempDir;
-use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use processes::Processes;
@@ -23,12 +24,15 @@ pub use processes::Running;
 /// The image every fake agent has.
 pub const IMAGE: &str = "minimal";
 
-/// A listening fake agent. Dropping it is the host losing power: connections break, and everything is forgotten.
+/// A listener's task, and what ends it when it is dropped.
+type Server = (JoinHandle<()>, oneshot::Sender<()>);
+
+/// A fake agent. Dropping it closes its socket and forgets everything.
 pub struct FakeAgent {
     inner: Arc<Inner>,
-    endpoint: Endpoint,
-    server: JoinHandle<()>,
-    connections: watch::Sender<()>,
+    path: PathBuf,
+    server: Option<Server>,
+    tcp: Option<Server>,
     _dir: TempDir,
 }
 
@@ -53,7 +57,6 @@ impl FakeAgent {
     pub async fn start() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("agent.sock");
-        let listener = UnixListener::bind(&path).expect("a socket in a fresh directory");
         let inner = Arc::new(Inner {
             capsules: Mutex::default(),
             open: watch::Sender::new(true),
@@ -61,24 +64,34 @@ impl FakeAgent {
             creates: watch::Sender::new(0),
             destroys: watch::Sender::new(0),
         });
-        let rpc = service::Service(inner.clone());
-        let router = axum::Router::new()
-            .route("/guest/{id}/{*path}", axum::routing::any(guest))
-            .with_state(inner.clone())
-            .fallback_service(Arc::new(rpc).register(connectrpc::Router::new()).into_axum_service());
-        let connections = watch::Sender::new(());
-        let mut closed = connections.subscribe();
-        let server = tokio::spawn(async move {
-            let stop = async move {
-                let _ = closed.changed().await;
-            };
-            axum::serve(listener, router).with_graceful_shutdown(stop).await.expect("serving does not fail");
-        });
-        Self { inner, endpoint: Endpoint::Unix(path), server, connections, _dir: dir }
+        let server = Some(listen(&inner, &path));
+        Self { inner, path, server, tcp: None, _dir: dir }
     }
 
     pub fn endpoint(&self) -> Endpoint {
-        self.endpoint.clone()
+        Endpoint::Unix(self.path.clone())
+    }
+
+    /// Listens on a TCP port too, and answers that address.
+    pub async fn listen_tcp(&mut self) -> Endpoint {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        self.tcp = Some(serve(&self.inner, listener));
+        format!("http://{address}").parse().expect("an address is an endpoint")
+    }
+
+    /// Closes the socket, as an agent does that is restarted; its capsules run on.
+    pub async fn stop(&mut self) {
+        let (server, stop) = self.server.take().expect("it listens");
+        drop(stop);
+        server.await.expect("the server does not panic");
+        std::fs::remove_file(&self.path).expect("the socket is ours");
+    }
+
+    /// Listens again after [`FakeAgent::stop`].
+    pub async fn resume(&mut self) {
+        assert!(self.server.is_none(), "it listens already");
+        self.server = Some(listen(&self.inner, &self.path));
     }
 
     /// Creates begun from now on stay STARTING until [`FakeAgent::release`].
@@ -141,11 +154,29 @@ impl FakeAgent {
     }
 }
 
-impl Drop for FakeAgent {
-    fn drop(&mut self) {
-        self.connections.send_replace(());
-        self.server.abort();
-    }
+/// Serves on the socket until the sender is dropped and the last call is answered.
+fn listen(inner: &Arc<Inner>, path: &Path) -> Server {
+    serve(inner, UnixListener::bind(path).expect("a socket in our own directory"))
+}
+
+fn serve<L>(inner: &Arc<Inner>, listener: L) -> Server
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
+    let rpc = Arc::new(service::Service(inner.clone())).register(connectrpc::Router::new());
+    let router = axum::Router::new()
+        .route("/guest/{id}/{*path}", axum::routing::any(guest))
+        .with_state(inner.clone())
+        .fallback_service(rpc.into_axum_service());
+    let (stop, stopped) = oneshot::channel();
+    let server = tokio::spawn(async move {
+        let stopped = async {
+            let _ = stopped.await;
+        };
+        axum::serve(listener, router).with_graceful_shutdown(stopped).await.expect("serving does not fail");
+    });
+    (server, stop)
 }
 
 impl Entry {
@@ -177,11 +208,14 @@ impl Inner {
 /// What the agent does with guest traffic: find the guest, take its prefix off, and pass on.
 async fn guest(
     State(inner): State<Arc<Inner>>,
-    Path((id, path)): Path<(String, String)>,
+    extract::Path((id, path)): extract::Path<(String, String)>,
     mut request: Request,
 ) -> Response {
-    let service = match inner.capsules().get(&id) {
-        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => entry.guest.clone(),
+    let service = match inner.capsules().get_mut(&id) {
+        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
+            entry.capsule.last_active_unix_ms = service::now_ms();
+            entry.guest.clone()
+        }
         _ => return ConnectError::not_found(format!("no capsule {id} runs here")).into_response(),
     };
     *request.uri_mut() = format!("/{path}").parse().expect("the rest of a path is a path");

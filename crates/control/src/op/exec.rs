@@ -60,7 +60,7 @@ async fn foreground(
     let options = CallOptions::default().with_header("connect-timeout-ms", limit.as_millis().to_string());
     let whole = async {
         let mut stream = start(processes, &spec, spec.tag.clone(), options).await?;
-        collect(processes, &mut stream).await
+        collect(processes, &mut stream, &spec).await
     };
     let finished = match timeout(limit + OVERTIME, whole).await {
         Err(_) => return Err(Error::Timeout(seconds)),
@@ -97,7 +97,7 @@ async fn background(processes: &GuestProcesses, id: CapsuleId, spec: ExecSpec) -
     };
     let begin = async {
         let mut stream = start(processes, &spec, Some(tag.clone()), CallOptions::default()).await?;
-        began(&mut stream).await
+        began(&mut stream, &spec).await
     };
     // Leaving the stream does not end the process.
     let pid = timeout(BEGIN, begin).await.map_err(|_| Error::GuestAnswer("the process did not begin"))??;
@@ -118,29 +118,39 @@ async fn start(
         ..Default::default()
     };
     let request = StartRequest { process: process.into(), tag, stdin: Some(false), ..Default::default() };
-    processes.start_with_options(request, options).await.map_err(|error| refusal(error, spec))
+    processes.start_with_options(request, options).await.map_err(unreached)
+}
+
+/// Why the guest was not even asked: what its host answers in its place, or the way there.
+fn unreached(error: ConnectError) -> Error {
+    match error.code {
+        ErrorCode::NotFound | ErrorCode::Unimplemented => Error::Gone,
+        // Only an error of the way to the host has a source; others came back from it.
+        ErrorCode::Unavailable if error.source_arc().is_some() => Error::Host(error.into()),
+        _ => Error::Guest(error),
+    }
 }
 
 /// Why a process did not start. What the guest objects to is the client's to mend.
 fn refusal(error: ConnectError, spec: &ExecSpec) -> Error {
     match error.code {
-        ErrorCode::InvalidArgument | ErrorCode::PermissionDenied | ErrorCode::FailedPrecondition => {
+        ErrorCode::InvalidArgument
+        | ErrorCode::NotFound
+        | ErrorCode::PermissionDenied
+        | ErrorCode::FailedPrecondition => {
             let why = error.message.as_deref().unwrap_or("the guest does not say why");
             match &spec.cwd {
                 Some(cwd) => Error::Refused(format!("cannot start cmd `{}` with cwd `{cwd}`: {why}", spec.cmd)),
                 None => Error::Refused(format!("cannot start cmd `{}`: {why}", spec.cmd)),
             }
         }
-        ErrorCode::NotFound | ErrorCode::Unimplemented => Error::Gone,
-        // An error with a source comes from the way to the host.
-        ErrorCode::Unavailable if error.source_arc().is_some() => Error::Host(error.into()),
         _ => Error::Guest(error),
     }
 }
 
 /// The pid with which the stream begins.
-async fn began(stream: &mut Stream) -> Result<u32, Error> {
-    while let Some(message) = stream.message().await.map_err(Error::Guest)? {
+async fn began(stream: &mut Stream, spec: &ExecSpec) -> Result<u32, Error> {
+    while let Some(message) = stream.message().await.map_err(|error| refusal(error, spec))? {
         match message.view().event.event.as_ref() {
             Some(Event::Start(start)) => return Ok(start.pid),
             Some(Event::Keepalive(_)) => {}
@@ -158,8 +168,8 @@ struct Finished {
 }
 
 /// Everything a process writes, to its end.
-async fn collect(processes: &GuestProcesses, stream: &mut Stream) -> Result<Finished, Error> {
-    let pid = began(stream).await?;
+async fn collect(processes: &GuestProcesses, stream: &mut Stream, spec: &ExecSpec) -> Result<Finished, Error> {
+    let pid = began(stream, spec).await?;
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(message) = stream.message().await.map_err(Error::Guest)? {
         match message.view().event.event.as_ref() {

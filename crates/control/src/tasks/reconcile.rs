@@ -94,3 +94,6 @@ async fn settle(ctx: &Arc<Context>, capsule: Capsule, report: Option<&Report>) -
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

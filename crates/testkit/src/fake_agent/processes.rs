@@ -5,6 +5,7 @@
 //! | `echo ARG...` | the arguments and a newline on standard output |
 //! | `say OUT ERR CODE` | texts on standard output and standard error, then that exit code |
 //! | `bytes COUNT` | so many bytes `x` on standard output |
+//! | `endless` | `x` on standard output until a signal |
 //! | `latin1` | the bytes `ff fe` on standard output, `ok` on standard error |
 //! | `env` | the environment of the request, one `NAME=value` a line, sorted |
 //! | `pwd` | the working directory of the request |
@@ -19,8 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use connectrpc::{
     ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
-use futures::StreamExt;
 use futures::channel::mpsc;
+use futures::{SinkExt, StreamExt};
 use guest_api::process::__buffa::oneof::process_event::Event;
 use guest_api::process::__buffa::oneof::process_event::data_event::Output;
 use guest_api::process::__buffa::oneof::process_selector::Selector;
@@ -36,6 +37,7 @@ const CHUNK: usize = 32 * 1024;
 pub struct Running {
     pub cmd: String,
     pub tag: Option<String>,
+    pub has_deadline: bool,
     killed: watch::Sender<bool>,
 }
 
@@ -58,58 +60,79 @@ impl Processes {
     }
 }
 
-type Sender = mpsc::UnboundedSender<Result<StartResponse, ConnectError>>;
+/// The stream of a process's events.
+struct Events(mpsc::Sender<Result<StartResponse, ConnectError>>);
 
-fn send(to: &Sender, event: impl Into<Event>) {
-    let event = ProcessEvent { event: Some(event.into()), ..Default::default() };
-    // A client that left does not end the process.
-    let _ = to.unbounded_send(Ok(StartResponse { event: event.into(), ..Default::default() }));
+impl Events {
+    /// Waits for a slow client. One that left does not end the process.
+    async fn send(&mut self, event: impl Into<Event>) {
+        let event = ProcessEvent { event: Some(event.into()), ..Default::default() };
+        let _ = self.0.send(Ok(StartResponse { event: event.into(), ..Default::default() })).await;
+    }
+
+    async fn stdout(&mut self, bytes: impl Into<Vec<u8>>) {
+        self.send(DataEvent { output: Some(Output::Stdout(bytes.into())), ..Default::default() }).await;
+    }
+
+    async fn stderr(&mut self, bytes: impl Into<Vec<u8>>) {
+        self.send(DataEvent { output: Some(Output::Stderr(bytes.into())), ..Default::default() }).await;
+    }
+
+    async fn exit(&mut self, exit_code: i32) {
+        let status = format!("exit status {exit_code}");
+        self.send(EndEvent { exit_code, exited: true, status, ..Default::default() }).await;
+    }
+
+    async fn killed(&mut self) {
+        self.send(EndEvent { exit_code: -1, status: "signal: killed".into(), ..Default::default() }).await;
+    }
+
+    async fn fail(&mut self, error: ConnectError) {
+        let _ = self.0.send(Err(error)).await;
+    }
 }
 
-fn output(to: &Sender, output: Output) {
-    send(to, DataEvent { output: Some(output), ..Default::default() });
-}
-
-fn exit(to: &Sender, exit_code: i32) {
-    send(to, EndEvent { exit_code, exited: true, status: format!("exit status {exit_code}"), ..Default::default() });
-}
-
-async fn perform(process: ProcessConfig, ctx: RequestContext, mut killed: watch::Receiver<bool>, to: Sender) {
+async fn perform(process: ProcessConfig, ctx: RequestContext, mut killed: watch::Receiver<bool>, mut to: Events) {
     let args: Vec<&str> = process.args.iter().map(String::as_str).collect();
-    let stdout = |text: String| output(&to, Output::Stdout(text.into_bytes()));
     match (process.cmd.as_str(), args.as_slice()) {
         ("echo", words) => {
-            stdout(words.join(" ") + "\n");
-            exit(&to, 0);
+            to.stdout(words.join(" ") + "\n").await;
+            to.exit(0).await;
         }
         ("say", [out, err, code]) => {
-            stdout((*out).into());
-            output(&to, Output::Stderr(err.as_bytes().to_vec()));
-            exit(&to, code.parse().expect("a number"));
+            to.stdout(*out).await;
+            to.stderr(*err).await;
+            to.exit(code.parse().expect("a number")).await;
         }
         ("bytes", [count]) => {
             let mut left: usize = count.parse().expect("a number");
             while left > 0 {
                 let size = left.min(CHUNK);
-                output(&to, Output::Stdout(vec![b'x'; size]));
+                to.stdout(vec![b'x'; size]).await;
                 left -= size;
             }
-            exit(&to, 0);
+            to.exit(0).await;
+        }
+        ("endless", []) => {
+            while !*killed.borrow() {
+                to.stdout([b'x'; CHUNK]).await;
+            }
+            to.killed().await;
         }
         ("latin1", []) => {
-            output(&to, Output::Stdout(vec![0xff, 0xfe]));
-            output(&to, Output::Stderr(b"ok".to_vec()));
-            exit(&to, 0);
+            to.stdout([0xff, 0xfe]).await;
+            to.stderr("ok").await;
+            to.exit(0).await;
         }
         ("env", []) => {
             let mut lines: Vec<_> = process.envs.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
             lines.sort();
-            stdout(lines.concat());
-            exit(&to, 0);
+            to.stdout(lines.concat()).await;
+            to.exit(0).await;
         }
         ("pwd", []) => {
-            stdout(process.cwd.unwrap_or_else(|| "/root".into()) + "\n");
-            exit(&to, 0);
+            to.stdout(process.cwd.unwrap_or_else(|| "/root".into()) + "\n").await;
+            to.exit(0).await;
         }
         ("hang", []) => {
             let deadline = async {
@@ -118,19 +141,20 @@ async fn perform(process: ProcessConfig, ctx: RequestContext, mut killed: watch:
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                () = deadline => {
-                    let _ = to.unbounded_send(Err(ConnectError::deadline_exceeded("the process was ended at its deadline")));
-                }
-                _ = killed.wait_for(|killed| *killed) => {
-                    send(&to, EndEvent { exit_code: -1, status: "signal: killed".into(), ..Default::default() });
-                }
+            let too_long = tokio::select! {
+                () = deadline => true,
+                _ = killed.wait_for(|killed| *killed) => false,
+            };
+            if too_long {
+                to.fail(ConnectError::deadline_exceeded("the process was ended at its deadline")).await;
+            } else {
+                to.killed().await;
             }
         }
         ("vanish", []) => {
-            let _ = to.unbounded_send(Err(ConnectError::unavailable("the guest is gone")));
+            to.fail(ConnectError::unavailable("the guest is gone")).await;
         }
-        _ => exit(&to, 127),
+        _ => to.exit(127).await,
     }
 }
 
@@ -145,17 +169,21 @@ impl Process for Processes {
         if process.cwd.as_deref() == Some("/missing") {
             return Err(ConnectError::invalid_argument("cwd '/missing' does not exist"));
         }
-        let (to, events) = mpsc::unbounded();
+        let (to, events) = mpsc::channel(16);
+        let mut to = Events(to);
         let killed = watch::Sender::new(false);
         let receiver = killed.subscribe();
         let pid = {
             let mut table = self.table();
             table.started += 1;
             let pid = 1000 + table.started;
-            table.running.insert(pid, Running { cmd: process.cmd.clone(), tag: request.tag, killed });
+            table.running.insert(
+                pid,
+                Running { cmd: process.cmd.clone(), tag: request.tag, has_deadline: ctx.deadline().is_some(), killed },
+            );
             pid
         };
-        send(&to, StartEvent { pid, ..Default::default() });
+        to.send(StartEvent { pid, ..Default::default() }).await;
         let processes = self.clone();
         tokio::spawn(async move {
             perform(process, ctx, receiver, to).await;

@@ -11,7 +11,7 @@ use super::{Entry, IMAGE, Inner};
 
 pub(super) struct Service(pub(super) Arc<Inner>);
 
-fn now_ms() -> i64 {
+pub(super) fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as i64
 }
 

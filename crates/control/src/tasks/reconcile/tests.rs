@@ -1,0 +1,110 @@
+//! Rounds, one at a time, against a fake host.
+
+use std::sync::Arc;
+
+use agent_api::CapsuleState;
+use api::{CreateCapsule, TeamId};
+use chrono::TimeDelta;
+use lifecycle::{Observed, State};
+use sea_orm::{ColumnTrait, EntityTrait, ExprTrait, QueryFilter};
+use testkit::FakeAgent;
+
+use super::*;
+use crate::db::capsule::Life;
+use crate::{Config, Control};
+
+struct World {
+    ctx: Arc<Context>,
+    agent: FakeAgent,
+    team: TeamId,
+    strangers: HashSet<CapsuleId>,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    /// Nothing runs but what a test does.
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = FakeAgent::start().await;
+        let database_url = format!("sqlite://{}", dir.path().join("control.db").display());
+        let control =
+            Control::open(Config { database_url, agent: agent.endpoint(), version: "test".into() }).await.unwrap();
+        let team = control.ensure_team(&"first".parse().unwrap()).await.unwrap();
+        Self { ctx: control.context(), agent, team, strangers: HashSet::new(), _dir: dir }
+    }
+
+    async fn round(&mut self) {
+        round(&self.ctx, &mut self.strangers).await.unwrap();
+    }
+
+    /// A row, as a control plane leaves it that dies before it asks its host.
+    async fn row(&self) -> Capsule {
+        let spec = CreateCapsule::default().validate().unwrap();
+        db::capsule::insert(&self.ctx.db, self.team, db::host::CONFIGURED, spec).await.unwrap()
+    }
+
+    async fn state(&self, capsule: &Capsule) -> State {
+        db::capsule::get(&self.ctx.db, self.team, capsule.id).await.unwrap().unwrap().life.state
+    }
+}
+
+#[tokio::test]
+async fn a_lost_create_is_made_again_after_a_while() {
+    let mut world = World::new().await;
+    let capsule = world.row().await;
+    world.round().await;
+    assert_eq!(world.state(&capsule).await, State::NEW, "it may be on its way");
+    assert_eq!(*world.agent.creates().borrow(), 0);
+
+    let long_ago = db::now() - TimeDelta::from_std(lifecycle::CREATE_GRACE).unwrap();
+    let query = db::capsule::Entity::update_many()
+        .col_expr(db::capsule::Column::CreatedAt, sea_orm::sea_query::Expr::value(long_ago));
+    query.filter(db::capsule::Column::Id.eq(capsule.id.0)).exec(&world.ctx.db).await.unwrap();
+    let mut changes = world.ctx.changes.subscribe();
+    world.round().await;
+    assert_eq!(changes.recv().await.unwrap(), capsule.id);
+    assert_eq!(world.state(&capsule).await.observed, Observed::Running);
+    assert_eq!(world.agent.alive(), [capsule.id.to_string()]);
+}
+
+#[tokio::test]
+async fn a_wish_that_its_host_never_heard_is_carried_out() {
+    let mut world = World::new().await;
+    let mut capsule = world.row().await;
+    world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_RUNNING, 2);
+    let state = State { desired: lifecycle::Desired::Stopped, ..State::NEW };
+    let life = Life { state, ..capsule.life.clone() };
+    assert!(db::capsule::advance(&world.ctx.db, &capsule, &life).await.unwrap());
+    capsule.life = life;
+    world.round().await;
+    assert!(world.agent.alive().is_empty());
+    assert_eq!(world.state(&capsule).await.observed, Observed::Stopped);
+}
+
+#[tokio::test]
+async fn a_listing_that_is_older_than_the_row_does_not_make_it_missing() {
+    let world = World::new().await;
+    let capsule = world.row().await;
+    // The row was read before the listing; the create's answer came in between.
+    let running = State { observed: Observed::Running, generation: 2, ..State::NEW };
+    let life = Life { state: running, ..capsule.life.clone() };
+    assert!(db::capsule::advance(&world.ctx.db, &capsule, &life).await.unwrap());
+    settle(&world.ctx, capsule.clone(), None).await.unwrap();
+    let now = db::capsule::get(&world.ctx.db, world.team, capsule.id).await.unwrap().unwrap();
+    record(&world.ctx, now, Fact::Absent { seen: State { observed: Observed::Starting, ..running } }).await.unwrap();
+    assert_eq!(world.state(&capsule).await, running);
+}
+
+#[tokio::test]
+async fn a_quiet_round_writes_nothing() {
+    let mut world = World::new().await;
+    let capsule = world.row().await;
+    world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_RUNNING, 2);
+    world.round().await;
+    let before = db::capsule::get(&world.ctx.db, world.team, capsule.id).await.unwrap();
+    let mut changes = world.ctx.changes.subscribe();
+    world.round().await;
+    world.round().await;
+    assert_eq!(db::capsule::get(&world.ctx.db, world.team, capsule.id).await.unwrap(), before);
+    assert!(changes.try_recv().is_err());
+}

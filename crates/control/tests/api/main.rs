@@ -1,0 +1,9 @@
+//! The control plane from outside: its routes over HTTP, a real database, and the fake agent behind it.
+//!
+//! Every test runs on SQLite and on PostgreSQL.
+
+mod capsules;
+mod exec;
+mod reconcile;
+mod refusals;
+mod world;
