@@ -1,8 +1,4 @@
 //! Process supervision, with plain programs in the VMM's place: what is tested here ends where the API begins.
-//!
-//! Needs root and cgroup 2, as the agent does.
-
-mod host;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -17,7 +13,7 @@ use vmm::CAPSULE_DIR;
 use vmm::client::{self, Client};
 use vmm::process::{Error, Exit, Identity, Launch, Process, Step};
 
-use host::{Host, eventually};
+use crate::host::{Host, eventually};
 
 /// Set in the environment of this same test program when it is to be the agent that gets killed.
 const AGENT: &str = "WRENN_TEST_AGENT";
@@ -179,7 +175,7 @@ async fn connecting_ends_with_the_process_and_with_the_limit() {
 async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     let host = Host::new();
     let vmm = host.program("sleep 1000 & exec sleep 1000");
-    let mut agent = host.agent("be_the_agent", &vmm);
+    let mut agent = host.agent("process::be_the_agent", &vmm);
     let mut said = BufReader::new(agent.stdout.take().unwrap()).lines().map(Result::unwrap);
     let identity = said.find_map(|line| line.strip_prefix("identity ").map(str::to_owned)).unwrap();
     let identity: Identity = serde_json::from_str(&identity).unwrap();
@@ -211,7 +207,7 @@ async fn an_agent_killed_while_it_launches_leaves_nothing_untracked() {
     let seconds = format!("4{}", std::process::id());
     let vmm = host.program(&format!("exec sleep {seconds}"));
     for round in 0..12 {
-        let mut agent = host.agent("be_an_agent_that_launches_for_ever", &vmm);
+        let mut agent = host.agent("process::be_an_agent_that_launches_for_ever", &vmm);
         let mut first = [0];
         agent.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
         tokio::time::sleep(Duration::from_micros(round * 700)).await;
@@ -220,7 +216,7 @@ async fn an_agent_killed_while_it_launches_leaves_nothing_untracked() {
         let tracked = || host.cgroup.pids().unwrap();
         // A child met by the guard's signal needs a moment to be gone.
         eventually("all that runs is tracked", || sleepers(&seconds).iter().all(|pid| tracked().contains(pid))).await;
-        let guarded = format!("--exact\0{}", "be_an_agent_that_launches_for_ever");
+        let guarded = format!("--exact\0{}", "process::be_an_agent_that_launches_for_ever");
         eventually("no half-made child is left", || {
             processes(|cmdline| cmdline.contains(&guarded)).iter().all(|pid| tracked().contains(pid))
         })
