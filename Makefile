@@ -19,7 +19,7 @@ setup:
 
 ## The guest agent: one static file.
 envd: setup
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build -q --release -p envd --target $(STATIC)
+	RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_STRIP=symbols cargo build -q --release -p envd --target $(STATIC)
 	install -m 0755 -D $(TARGET)/$(STATIC)/release/envd $(ENVD)
 
 ## Release binaries in target/release: wrenn, firecracker-qemu, envd.

@@ -2,25 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use guest_api::{Health, Init, PORT};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
-use proxy::Upstream;
+use http_body_util::Full;
+use proxy::{Upstream, boxed};
 use tokio::net::TcpStream;
 
 use crate::Agent;
 use crate::capsule::Counted;
 
 /// The header in which envd wants its token. Whatever a caller sends in it is replaced.
-const TOKEN: HeaderName = HeaderName::from_static("x-access-token");
+const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
 /// A guest that is not up yet drops the first packet of a dial, and the kernel repeats it only after a second: dialling
 /// anew is faster.
 const DIAL: Duration = Duration::from_millis(50);
@@ -37,7 +37,7 @@ pub enum Error {
     Ask(#[source] proxy::Error),
     /// The answer broke off or was too long.
     #[error("reading envd's answer")]
-    Read(#[source] proxy::BodyError),
+    Read(#[source] axum::Error),
     /// An answer, but not the one that was hoped for.
     #[error("envd answered {status} to {path}: {body}")]
     Refused { path: &'static str, status: StatusCode, body: String },
@@ -85,8 +85,8 @@ impl Guest {
         let init = Init {
             access_token: Some(self.token.clone()),
             default_user: Some("root".into()),
-            env_vars: Some(default_env.clone()),
-            timestamp: Some(humantime::format_rfc3339_nanos(std::time::SystemTime::now()).to_string()),
+            env_vars: Some(default_env.clone().into_iter().collect()),
+            timestamp: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64()),
             ..Init::default()
         };
         let body = serde_json::to_vec(&init).expect("an Init has only JSON types");
@@ -99,11 +99,11 @@ impl Guest {
             .uri(path)
             .header(CONTENT_TYPE, "application/json")
             .header(TOKEN, &self.token)
-            .body(Full::new(body))
+            .body(boxed(Full::new(body)))
             .expect("the parts of this request are constants and a hex token");
         let response = self.upstream.forward(request).await.map_err(Error::Ask)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await.map_err(Error::Read)?.to_bytes();
+        let body = to_bytes(Body::new(response.into_body()), ANSWER_LIMIT).await.map_err(Error::Read)?;
         if status.is_success() {
             return Ok(body);
         }
@@ -127,7 +127,7 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     *request.uri_mut() = Uri::from(path);
     let token = HeaderValue::from_str(&guest.token).expect("a token is hex");
     request.headers_mut().insert(TOKEN, token);
-    let request = request.map(|body| Counted::new(body, capsule.traffic.clone()));
+    let request = request.map(|body| boxed(Counted::new(body, capsule.traffic.clone())));
     match guest.upstream.forward(request).await {
         Ok(response) => response.map(|body| Body::new(Counted::new(body, capsule.traffic))),
         Err(error) => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", crate::chain(&error)),

@@ -1,11 +1,13 @@
 //! What all capsules of one agent share: its configuration, network, disks, images and cgroups.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use disk::{Disks, ImageName};
 use network::Network;
+use network::slot::Slot;
 use sha2::{Digest, Sha256};
 use vmm::cgroup::Cgroup;
 
@@ -27,13 +29,15 @@ pub struct Host {
     /// How it is set up.
     pub config: Config,
     /// Slots and firewall.
-    pub network: Network,
+    network: Arc<Network>,
     /// Root disks.
     pub disks: Disks,
     /// The cgroup above all capsules' cgroups.
     pub cgroups: Cgroup,
     /// Images by name, imported.
     pub images: BTreeMap<String, PathBuf>,
+    /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
+    pub instance: String,
 }
 
 /// Opening what capsules share.
@@ -59,22 +63,40 @@ pub enum Error {
     Cgroup(#[source] vmm::cgroup::Error),
 }
 
+/// Giving back what capsules shared.
+#[derive(Debug, thiserror::Error)]
+pub enum CloseError {
+    /// A capsule is still there.
+    #[error("capsules are still being ended")]
+    InUse,
+    /// The network.
+    #[error("closing the network")]
+    Network(#[source] network::Error),
+    /// The cgroup.
+    #[error("removing the agent's control group")]
+    Cgroup(#[source] vmm::cgroup::Error),
+    /// The disks.
+    #[error("closing the disks")]
+    Disks(#[source] disk::Error),
+}
+
 impl Host {
     /// Opens everything; images are imported if they are not there yet. Blocks for as long as that takes.
-    pub async fn open(mut config: Config) -> Result<Self, Error> {
+    pub fn open(mut config: Config) -> Result<Self, Error> {
         let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
         config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
         let instance = instance(&config.dir);
-        let network = Network::open(network::Config { instance: instance.clone() }).await.map_err(Error::Network)?;
+        let network = Network::open(&network::Config { instance: instance.clone() }).map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
+        cgroups.create().map_err(Error::Cgroup)?;
         let mut images = BTreeMap::new();
         for (name, file) in &config.templates {
             let image_name: ImageName = name.parse().map_err(|source| Error::ImageName(name.clone(), source))?;
             let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
-        let host = Self { config, network, disks, cgroups, images };
+        let host = Self { config, network: Arc::new(network), disks, cgroups, images, instance };
         let capsules = host.capsules();
         std::fs::create_dir_all(&capsules).map_err(|source| Error::Dir(capsules, source))?;
         Ok(host)
@@ -85,11 +107,45 @@ impl Host {
         self.disks.root().join("capsules")
     }
 
+    /// Claims the lowest free slot of the machine.
+    pub fn claim_slot(&self) -> Result<Slot, network::Error> {
+        self.network.claim()
+    }
+
+    /// Makes the network of a claimed slot.
+    pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+        let network = self.network.clone();
+        blocking(move || network.create(slot))
+    }
+
+    /// Removes the network of a slot, and its claim.
+    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+        let network = self.network.clone();
+        blocking(move || network.destroy(slot))
+    }
+
+    /// Removes every slot of an earlier run that is not in `keep`.
+    pub fn sweep_networks(&self, keep: &HashSet<Slot>) -> Result<(), network::Error> {
+        self.network.sweep(keep).map(drop)
+    }
+
+    /// Gives back what is the host's own; every capsule must be gone.
+    pub async fn close(self) -> Result<(), CloseError> {
+        let network = Arc::into_inner(self.network).ok_or(CloseError::InUse)?;
+        network.close().map_err(CloseError::Network)?;
+        self.cgroups.remove().await.map_err(CloseError::Cgroup)?;
+        self.disks.close().map_err(CloseError::Disks)
+    }
+
     /// Makes a root disk of `size` bytes.
-    pub async fn clone_image(&self, image: &Path, dest: &Path, size: u64) -> Result<(), disk::Error> {
+    pub fn clone_image(
+        &self,
+        image: &Path,
+        dest: &Path,
+        size: u64,
+    ) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
         let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
-        let cloned = tokio::task::spawn_blocking(move || backend.clone(&image, &dest, Some(size))).await;
-        cloned.expect("cloning does not panic and is not aborted")
+        blocking(move || backend.clone(&image, &dest, Some(size)))
     }
 
     /// The cgroup in which the VMM of a capsule and all its children live.
@@ -112,7 +168,11 @@ impl Host {
     }
 }
 
-/// Names what is machine-wide (claims, cgroup, firewall table) after the data directory.
+/// Runs what blocks where it stops nobody else.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("the work does not panic, and nobody aborts it")
+}
+
 fn instance(dir: &Path) -> String {
     let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
     hex::encode(&digest[..4])

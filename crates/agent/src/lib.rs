@@ -11,10 +11,11 @@ mod rpc;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use axum::Router;
 use axum::routing::any;
 use futures::future::join_all;
@@ -38,18 +39,9 @@ pub enum Error {
     /// What an earlier run left could not be taken over.
     #[error("taking over from an earlier run")]
     Recover(#[from] recover::Error),
-    /// A capsule is still there.
-    #[error("capsules are still being ended")]
-    InUse,
-    /// The cgroup is still in use.
-    #[error("removing the agent's control group")]
-    Cgroup(#[source] vmm::cgroup::Error),
-    /// The disks are still in use.
-    #[error("closing the disks")]
-    Disks(#[source] disk::Error),
-    /// The network is still in use.
-    #[error("closing the network")]
-    Network(#[source] network::Error),
+    /// What capsules shared could not be given back.
+    #[error("closing this host")]
+    Close(#[from] host::CloseError),
 }
 
 /// One host's agent. Clones are the same agent.
@@ -68,10 +60,15 @@ struct Entry {
 impl Agent {
     /// Opens the host and takes over what runs on it.
     pub async fn open(config: Config) -> Result<Self, Error> {
-        let host = Arc::new(Host::open(config).await?);
+        let host = Arc::new(Host::open(config)?);
         let running = recover(&host).await?;
         let entries = running.into_iter().map(|(id, handle)| (id, Entry { handle, ended: None })).collect();
         Ok(Self { host, capsules: Arc::new(Mutex::new(entries)) })
+    }
+
+    /// Where an agent that shares its process with the control plane listens: short, whatever the data directory is.
+    pub fn socket(&self) -> PathBuf {
+        PathBuf::from(format!("/run/wrenn/agent-{}.sock", self.host.instance))
     }
 
     /// Lifecycle RPC and guest traffic.
@@ -158,10 +155,8 @@ impl Agent {
     /// Gives back what the agent itself holds. Only for an agent without capsules; one that merely stops leaves all as
     /// it is, for the next to take over.
     pub async fn close(self) -> Result<(), Error> {
-        let host = Arc::into_inner(self.host).ok_or(Error::InUse)?;
-        host.network.close().await.map_err(Error::Network)?;
-        host.cgroups.remove().await.map_err(Error::Cgroup)?;
-        host.disks.close().map_err(Error::Disks)
+        let host = Arc::into_inner(self.host).ok_or(host::CloseError::InUse)?;
+        Ok(host.close().await?)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<CapsuleId, Entry>> {

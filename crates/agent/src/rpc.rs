@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use agent_api::*;
-use api::id::CapsuleId;
+use api::CapsuleId;
 use axum::Router;
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult};
 

@@ -15,6 +15,7 @@ use crate::{Backend, Error, sparse};
 const MAX_NAME: usize = 64;
 /// Unit in which an image is read and zeros are recognised, in bytes.
 const BLOCK: usize = 64 << 10;
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// What an image is called: 1 to 64 of `a-z 0-9 . _ -`, beginning with a letter or digit, so that it is always one
 /// harmless path component.
@@ -83,7 +84,7 @@ fn digest(file: &File) -> io::Result<String> {
             let at = index * BLOCK as u64;
             let part = &mut block[..BLOCK.min(usize::try_from(len - at).unwrap_or(BLOCK))];
             file.read_exact_at(part, at)?;
-            if part.iter().any(|&byte| byte != 0) {
+            if *part != ZEROS[..part.len()] {
                 hasher.update(index.to_le_bytes());
                 hasher.update(&*part);
             }

@@ -31,13 +31,14 @@ impl Volume {
     /// Makes a new volume in `dir` and mounts it. Leaves nothing when it fails.
     pub(crate) fn create(dir: &Path, mkfs: &OsStr) -> Result<Self, Error> {
         let new = dir.join("volume.xfs.new");
-        make(&new, size_for(dir)?, mkfs)
-            .and_then(|()| fs::rename(&new, file(dir)).map_err(Error::write(&new)))
-            .inspect_err(|_| {
-                let _ = fs::remove_file(&new);
-            })?;
-        Self::mount(dir).inspect_err(|_| {
+        let made = make(&new, size_for(dir)?, mkfs).and_then(|()| {
+            fs::rename(&new, file(dir)).map_err(Error::write(&new))?;
+            // What is written to the volume later must not be found under the old name, to be made anew.
+            File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::directory(dir))
+        });
+        made.and_then(|()| Self::mount(dir)).inspect_err(|_| {
             let _ = fs::remove_dir(dir.join("volume"));
+            let _ = fs::remove_file(&new);
             let _ = fs::remove_file(file(dir));
         })
     }

@@ -37,6 +37,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
@@ -114,6 +115,9 @@ pub struct Network {
     claims: Claims,
     firewall: Firewall,
     steps: Steps,
+    /// Held while a slot is made. The kernel changes links one at a time anyway, and who waits for its turn inside a
+    /// sysctl does so by trying again and again: eight at once take twice as long as eight in a row.
+    turn: Mutex<()>,
 }
 
 impl Network {
@@ -134,7 +138,7 @@ impl Network {
         let slots = claims.all().map_err(Error::Claim)?;
         firewall.rebuild(&slots, &uplinks).map_err(|error| Error::Table(error.into()))?;
         tracing::info!(instance, ?uplinks, slots = slots.len(), "network is ready");
-        Ok(Self { claims, firewall, steps: Steps::default() })
+        Ok(Self { claims, firewall, steps: Steps::default(), turn: Mutex::default() })
     }
 
     /// Claims the lowest free slot of the machine. It is this instance's, across restarts, until it is destroyed.
@@ -196,6 +200,7 @@ impl Network {
     }
 
     fn build(&self, slot: Slot) -> Result<(), Failed> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.firewall.add(slot).map_err(Step::Firewall.failed())?;
         self.steps.done(Step::Firewall)?;
         namespace::create(slot, &self.steps)?;

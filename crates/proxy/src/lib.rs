@@ -25,6 +25,15 @@ pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 /// A streamed body.
 pub type BoxBody = UnsyncBoxBody<Bytes, BodyError>;
 
+/// Any body as a streamed one.
+pub fn boxed<B>(body: B) -> BoxBody
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BodyError>,
+{
+    body.map_err(Into::into).boxed_unsync()
+}
+
 /// Idle connections are closed after this, below what servers in guests commonly keep them for.
 const IDLE: Duration = Duration::from_secs(50);
 
@@ -58,23 +67,17 @@ impl Upstream {
 
     /// Sends the request to this destination under the path and query of `request` as it stands, and hands back the
     /// answer as soon as its head is there. Hop-by-hop headers are dropped in both directions.
-    pub async fn forward<B>(&self, request: Request<B>) -> Result<Response<BoxBody>, Error>
-    where
-        B: Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<BodyError>,
-    {
-        let (mut parts, body) = request.into_parts();
-        headers::strip_hop_by_hop(&mut parts.headers);
-        parts.version = Version::HTTP_11;
-        parts.uri = self.absolute(&parts.uri);
-        let request = Request::from_parts(parts, body.map_err(Into::into).boxed_unsync());
+    pub async fn forward(&self, mut request: Request<BoxBody>) -> Result<Response<BoxBody>, Error> {
+        headers::strip_hop_by_hop(request.headers_mut());
+        *request.version_mut() = Version::HTTP_11;
+        *request.uri_mut() = self.absolute(request.uri());
         let response = self.client.request(request).await.map_err(|source| match source.is_connect() {
             true => Error::Connect(self.address, source),
             false => Error::Exchange(self.address, source),
         })?;
-        let (mut parts, body) = response.into_parts();
-        headers::strip_hop_by_hop(&mut parts.headers);
-        Ok(Response::from_parts(parts, body.map_err(Into::into).boxed_unsync()))
+        let mut response = response.map(boxed);
+        headers::strip_hop_by_hop(response.headers_mut());
+        Ok(response)
     }
 
     fn absolute(&self, uri: &Uri) -> Uri {

@@ -9,7 +9,7 @@ use axum::extract::Request;
 use axum::routing::{any, post};
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use proxy::{Error, Upstream};
+use proxy::{Error, Upstream, boxed};
 use tokio::net::TcpListener;
 
 async fn server() -> SocketAddr {
@@ -26,7 +26,7 @@ async fn server() -> SocketAddr {
 async fn path_and_query_arrive_as_they_were_sent() {
     let upstream = Upstream::new(server().await);
     for path in ["/", "/a//b/", "/a%2Fb?x=%20&y", "/caf%C3%A9/"] {
-        let request = http::Request::get(path).body(Body::empty()).unwrap();
+        let request = http::Request::get(path).body(boxed(Body::empty())).unwrap();
         let answer = upstream.forward(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
         assert_eq!(answer, path.as_bytes());
     }
@@ -40,7 +40,7 @@ async fn a_body_streams_through_while_it_is_still_being_sent() {
         receive.recv().await.map(|chunk| (Ok::<_, std::io::Error>(chunk), receive))
     });
     send.send(Bytes::from_static(b"first")).await.unwrap();
-    let request = http::Request::post("/echo").body(Body::from_stream(frames)).unwrap();
+    let request = http::Request::post("/echo").body(boxed(Body::from_stream(frames))).unwrap();
     let mut answer = upstream.forward(request).await.unwrap().into_body();
     let first = answer.frame().await.unwrap().unwrap().into_data().unwrap();
     assert_eq!(first, b"first"[..]);
@@ -55,7 +55,7 @@ async fn a_server_that_is_late_is_waited_for() {
     let address = listener.local_addr().unwrap();
     drop(listener);
     let answer = tokio::spawn(async move {
-        Upstream::new(address).forward(http::Request::get("/").body(Body::empty()).unwrap()).await
+        Upstream::new(address).forward(http::Request::get("/").body(boxed(Body::empty())).unwrap()).await
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     let listener = TcpListener::bind(address).await.unwrap();
@@ -68,6 +68,6 @@ async fn nobody_there_is_a_connect_error() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
-    let error = Upstream::new(address).forward(http::Request::get("/").body(Body::empty()).unwrap()).await.err().unwrap();
+    let error = Upstream::new(address).forward(http::Request::get("/").body(boxed(Body::empty())).unwrap()).await.err().unwrap();
     assert!(matches!(error, Error::Connect(at, _) if at == address), "{error:?}");
 }

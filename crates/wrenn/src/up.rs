@@ -81,7 +81,6 @@ impl Up {
         let control = Control::open(control::Config {
             database_url,
             agent: Endpoint::Unix(socket.clone()),
-            domain: domain.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
         })
         .await
@@ -150,7 +149,8 @@ async fn api_key(dir: &Path, control: &Control) -> Result<String> {
     {
         return Ok(key.trim().to_owned());
     }
-    let key = control.issue_key("wrenn up").await?;
+    let team = control.ensure_team(&"default".parse()?).await?;
+    let key = control.issue_key(team, "wrenn up").await?;
     let new = path.with_extension("new");
     fs::write(&new, &key)?;
     fs::set_permissions(&new, Permissions::from_mode(0o600))?;

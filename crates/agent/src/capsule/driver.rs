@@ -53,7 +53,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
     });
     let handle = Handle {
         spec: Arc::new(record.spec.clone()),
-        traffic: Arc::new(Traffic::new()),
+        traffic: Arc::new(Traffic::default()),
         commands: command_sender,
         observed: observed_receiver,
     };

@@ -22,7 +22,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use agent_api::CapsuleState;
-use api::id::CapsuleId;
+use api::CapsuleId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 

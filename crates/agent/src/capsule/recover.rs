@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 use tracing::{error, info};
 use vmm::process::Process;
 
@@ -63,7 +63,7 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         info!(dir = %dir.display(), "gave back what an earlier run left");
     }
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
-    host.network.sweep(&keep).await.map_err(Error::Network)?;
+    host.sweep_networks(&keep).map_err(Error::Network)?;
     Ok(running
         .into_iter()
         .map(|(journal, found)| {

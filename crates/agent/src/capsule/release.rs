@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use api::id::CapsuleId;
+use api::CapsuleId;
 
 use super::record::Record;
 use crate::host::Host;
@@ -33,7 +33,7 @@ pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Rec
         errors.push(Error::Vmm(error));
     }
     if let Some(slot) = record.and_then(|record| record.slot)
-        && let Err(error) = host.network.destroy(slot).await
+        && let Err(error) = host.destroy_network(slot).await
     {
         errors.push(Error::Network(error));
     }

@@ -1,16 +1,17 @@
 //! Starting a capsule: slot, then network and disk at once, then the VMM, then the guest's first answer.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use network::slot::{GUEST_MAC, TAP};
 use tokio_util::sync::CancellationToken;
 use vmm::client::{Boot, Client};
 use vmm::process::{Launch, Process};
 
 use super::record::{Journal, Phase};
-use super::Spec;
 use crate::guest::{self, Guest};
 use crate::host::Host;
 
@@ -78,13 +79,13 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let spec = journal.record().spec.clone();
     let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
 
-    let slot = host.network.claim().map_err(Error::Claim)?;
+    let slot = host.claim_slot().map_err(Error::Claim)?;
     journal.update(|record| record.slot = Some(slot)).map_err(Error::Record)?;
 
     let rootfs = journal.dir().join("rootfs.ext4");
     let size = u64::from(spec.disk_mib) << 20;
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (network, disk) = tokio::join!(host.network.create(slot), host.clone_image(image, &rootfs, size));
+    let (network, disk) = tokio::join!(host.create_network(slot), host.clone_image(image, &rootfs, size));
     network.map_err(Error::Network)?;
     disk.map_err(Error::Disk)?;
     stop_if(cancelled)?;
@@ -102,17 +103,19 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let process = launch.spawn().await.map_err(Error::Launch)?;
     journal.update(|record| record.vmm = Some(process.identity())).map_err(Error::Record)?;
 
-    let booted = async {
-        let socket = journal.dir().join(vmm::API_SOCKET);
-        let client = Client::connect(&socket, SOCKET_LIMIT, &process).await.map_err(Error::Configure)?;
-        boot(host, &spec, &client).await.map_err(Error::Configure)?;
-        let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
-        let health = guest.first_answer().await.map_err(Error::Guest)?;
-        guest.init(&spec.default_env).await.map_err(Error::Guest)?;
-        Ok((guest, client.version().to_string(), health.version))
+    let boot = Boot {
+        kernel: &host.config.kernel,
+        boot_args: BOOT_ARGS,
+        rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        tap: TAP,
+        mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
     };
-    let (guest, vmm_version, envd_version) = tokio::select! {
-        booted = booted => booted?,
+    let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
+    let socket = journal.dir().join(vmm::API_SOCKET);
+    let (vmm_version, envd_version) = tokio::select! {
+        booted = bring_up(&process, &socket, &boot, &guest, &spec.default_env) => booted?,
         exit = process.exited() => return Err(Error::Died(exit.to_string())),
         () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
         () = cancelled.cancelled() => return Err(Error::Cancelled),
@@ -127,19 +130,20 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     Ok(Running { process, guest: Arc::new(guest) })
 }
 
-async fn boot(host: &Host, spec: &Spec, client: &Client) -> Result<(), vmm::client::Error> {
-    client
-        .configure(&Boot {
-            kernel: &host.config.kernel,
-            boot_args: BOOT_ARGS,
-            rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
-            tap: network::slot::TAP,
-            mac: network::slot::GUEST_MAC,
-        })
-        .await?;
-    client.start().await
+/// From a VMM that was just started to a guest that has answered. Returns the versions of both.
+async fn bring_up(
+    process: &Process,
+    socket: &Path,
+    boot: &Boot<'_>,
+    guest: &Guest,
+    default_env: &BTreeMap<String, String>,
+) -> Result<(String, String), Error> {
+    let client = Client::connect(socket, SOCKET_LIMIT, process).await.map_err(Error::Configure)?;
+    client.configure(boot).await.map_err(Error::Configure)?;
+    client.start().await.map_err(Error::Configure)?;
+    let health = guest.first_answer().await.map_err(Error::Guest)?;
+    guest.init(default_env).await.map_err(Error::Guest)?;
+    Ok((client.version().to_string(), health.version))
 }
 
 fn stop_if(cancelled: &CancellationToken) -> Result<(), Error> {

@@ -14,14 +14,16 @@ pub struct Traffic {
     last_active_ms: AtomicI64,
 }
 
-impl Traffic {
+impl Default for Traffic {
     /// No connection, active now.
-    pub fn new() -> Self {
+    fn default() -> Self {
         let traffic = Self { open: AtomicUsize::new(0), last_active_ms: AtomicI64::new(0) };
         traffic.touch();
         traffic
     }
+}
 
+impl Traffic {
     /// Restarts the inactivity clock.
     pub fn touch(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);

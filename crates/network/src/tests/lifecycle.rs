@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::sync::Mutex;
+use std::sync::{Mutex, mpsc};
 use std::time::Instant;
+
+use rustix::mount::MountPropagationFlags;
+use rustix::thread::UnshareFlags;
 
 use super::machine::{assert_same, instance, inventory, json, network, on_own_machine, sh};
 use crate::{Error, Network, Slot, Step};
@@ -105,6 +108,7 @@ fn the_host_s_table_says_what_it_means() {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "a figure to read, not to assert")]
 fn fifty_slots_at_once_and_back() {
     on_own_machine(|| {
         let network = network();
@@ -136,14 +140,14 @@ fn fifty_slots_at_once_and_back() {
         assert_same(&before, "at the end");
 
         // And one after the other, for the time that one takes.
-        let mut alone = Vec::new();
-        for _ in 0..20 {
-            let start = Instant::now();
-            let slot = network.claim().unwrap();
-            network.create(slot).unwrap();
-            alone.push(start.elapsed());
-            network.destroy(slot).unwrap();
-        }
+        let mut alone: Vec<_> = (0..20)
+            .map(|_| {
+                let start = Instant::now();
+                network.create(network.claim().unwrap()).unwrap();
+                start.elapsed()
+            })
+            .collect();
+        network.sweep(&HashSet::new()).unwrap();
         let mut took = took.into_inner().unwrap();
         took.sort();
         alone.sort();
@@ -310,6 +314,34 @@ fn what_cannot_be_removed_keeps_its_claim() {
         sh("rmdir /run/netns/wrenn-ns-1");
         network.destroy(slot).unwrap();
         assert!(!network.claims.owns(slot).unwrap());
+    });
+}
+
+#[test]
+fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
+    on_own_machine(|| {
+        let network = network();
+        let slot = network.claim().unwrap();
+        network.create(slot).unwrap();
+        let (ready, is_ready) = mpsc::channel();
+        let (destroyed, is_destroyed) = mpsc::channel();
+        std::thread::scope(|scope| {
+            // A VMM started now has a private copy of every mount of this moment.
+            let vmm = scope.spawn(move || {
+                // SAFETY: descriptors stay shared.
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+                rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+                let mounts = || fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+                let had = mounts().contains("wrenn-ns-1");
+                ready.send(()).unwrap();
+                is_destroyed.recv().unwrap();
+                (had, mounts().contains("wrenn-ns-1"))
+            });
+            is_ready.recv().unwrap();
+            network.destroy(slot).unwrap();
+            destroyed.send(()).unwrap();
+            assert_eq!(vmm.join().unwrap(), (true, false));
+        });
     });
 }
 

@@ -1,0 +1,78 @@
+//! REST: shapes in, shapes out, and the only place that knows status numbers. One file per resource.
+
+mod body;
+mod caller;
+mod capsules;
+mod error;
+mod exec;
+mod meta;
+mod templates;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use api::ErrorCode;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::response::IntoResponse;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use self::error::Error;
+use crate::op::Context;
+
+/// What handlers work with.
+#[derive(Clone)]
+pub struct App {
+    pub ctx: Arc<Context>,
+    pub version: Arc<str>,
+}
+
+fn documented() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(meta::document())
+        .routes(routes!(meta::health))
+        .routes(routes!(meta::openapi))
+        .routes(routes!(capsules::create, capsules::list))
+        .routes(routes!(capsules::get, capsules::destroy))
+        .routes(routes!(capsules::ping))
+        .routes(routes!(exec::exec))
+        .routes(routes!(templates::list))
+}
+
+/// The description of every route.
+fn description() -> OpenApi {
+    documented().into_openapi()
+}
+
+/// Every route, at the root and under `/api`.
+pub fn router(app: App) -> Router {
+    let (routes, _) = documented().split_for_parts();
+    let routes = routes.method_not_allowed_fallback(wrong_method);
+    Router::new()
+        .merge(routes.clone())
+        .nest("/api", routes)
+        .fallback(nowhere)
+        // Bodies are bounded by the extractor, which answers in JSON.
+        .layer(DefaultBodyLimit::disable())
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(app)
+}
+
+async fn nowhere(uri: axum::http::Uri) -> Error {
+    Error::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
+}
+
+async fn wrong_method(method: axum::http::Method, uri: axum::http::Uri) -> Error {
+    Error::new(ErrorCode::MethodNotAllowed, format!("{} does not answer to {method}", uri.path()))
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> axum::response::Response {
+    let what = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    tracing::error!(panic = what.unwrap_or("not a text"), "a handler panicked");
+    Error::new(ErrorCode::InternalError, "the request met a fault of the platform").into_response()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,63 @@
+//! A new capsule.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{CreateCapsule, TeamId};
+use lifecycle::Action;
+
+use super::record::{Fact, record};
+use super::{Context, Error, destroy};
+use crate::db;
+use crate::db::capsule::Capsule;
+use crate::host::{self, Image};
+
+/// How long a request waits for its capsule to run before it is answered with what is. Clients wait 30 s for an answer.
+const WAIT: Duration = Duration::from_secs(20);
+
+/// Writes the capsule down and has it started. The start goes on if the client leaves.
+pub async fn create(ctx: &Arc<Context>, team: TeamId, request: CreateCapsule) -> Result<Capsule, Error> {
+    let spec = request.validate()?;
+    let template = db::template::find(&ctx.db, team, &spec.template)
+        .await?
+        .ok_or_else(|| Error::NoTemplate(spec.template.clone()))?;
+    let image = image_of(template);
+    let capsule = db::capsule::insert(&ctx.db, team, db::host::CONFIGURED, spec).await?;
+    let started = ctx.tasks.spawn(start(ctx.clone(), capsule.clone(), image));
+    match tokio::time::timeout(WAIT, started).await {
+        Ok(result) => result?,
+        Err(_) => Ok(db::capsule::get(&ctx.db, team, capsule.id).await?.unwrap_or(capsule)),
+    }
+}
+
+/// Starts a capsule whose request was lost on the way to its host.
+pub async fn again(ctx: &Arc<Context>, capsule: Capsule) -> Result<Capsule, Error> {
+    match db::template::find(&ctx.db, capsule.team, &capsule.spec.template).await? {
+        Some(template) => start(ctx.clone(), capsule, image_of(template)).await,
+        None => record(ctx, capsule, Fact::StartFailed { reason: "its template is gone".into() }).await,
+    }
+}
+
+fn image_of(template: db::template::Model) -> Image {
+    Image { name: template.image, template_id: template.id.to_string(), default_env: template.default_env.0 }
+}
+
+async fn start(ctx: Arc<Context>, capsule: Capsule, image: Image) -> Result<Capsule, Error> {
+    match ctx.host.create(capsule.id, &capsule.spec, image).await {
+        Ok(report) => {
+            let capsule = record(&ctx, capsule, Fact::Reported(&report)).await?;
+            // It may have been destroyed before its host knew of it.
+            match lifecycle::reconcile(capsule.life.state, Some(report.state), Duration::ZERO) {
+                Action::Destroy => destroy::finish(&ctx, capsule).await,
+                Action::Nothing | Action::Create => Ok(capsule),
+            }
+        }
+        // The host goes on, and the reconciler will see what comes of it.
+        Err(host::Error::Late(_)) => Ok(db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.unwrap_or(capsule)),
+        Err(error) => {
+            tracing::warn!(capsule = %capsule.id, error = &error as &dyn std::error::Error, "the capsule did not start");
+            record(&ctx, capsule, Fact::StartFailed { reason: error.to_string() }).await?;
+            Err(error.into())
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Waiting for a capsule that is about to run, so that a request which comes early need not be sent again.
+
+use std::time::Duration;
+
+use lifecycle::{Command, Decision};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
+
+use super::{Context, Error};
+use crate::db;
+use crate::db::capsule::Capsule;
+
+/// How long an early request waits. Clients wait 30 s for an answer.
+const WAIT: Duration = Duration::from_secs(25);
+
+/// Answers when the capsule can do `command`, at once if it can; says why when it cannot.
+pub async fn usable(ctx: &Context, mut capsule: Capsule, command: Command) -> Result<Capsule, Error> {
+    let until = Instant::now() + WAIT;
+    let mut changes = ctx.changes.subscribe();
+    let mut current = false;
+    loop {
+        match lifecycle::decide(capsule.life.state, command) {
+            Decision::Act | Decision::Done => return Ok(capsule),
+            Decision::Refuse => return Err(state(&capsule)),
+            // What was read before we listened may have changed meanwhile.
+            Decision::Wait if !current => current = true,
+            Decision::Wait => {
+                let changed = async {
+                    loop {
+                        match changes.recv().await {
+                            Ok(id) if id != capsule.id => {}
+                            Ok(_) | Err(RecvError::Lagged(_)) => return,
+                            // The sender is in the context we hold.
+                            Err(RecvError::Closed) => return,
+                        }
+                    }
+                };
+                if tokio::time::timeout_at(until, changed).await.is_err() {
+                    return Err(state(&capsule));
+                }
+            }
+        }
+        capsule = db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.ok_or(Error::Gone)?;
+    }
+}
+
+fn state(capsule: &Capsule) -> Error {
+    Error::State(lifecycle::status(capsule.life.state.desired, capsule.life.state.observed))
+}

@@ -1,0 +1,3 @@
+//! What the control plane does without being asked.
+
+pub mod reconcile;
