@@ -84,6 +84,17 @@ async fn its_end_is_told_to_all_who_ask_and_at_any_time() {
 }
 
 #[tokio::test]
+async fn a_guest_that_never_stops_talking_does_not_fill_the_disk() {
+    let host = Host::new();
+    let vmm = host.program("head -c 9000000 /dev/zero >&2; echo done; exec sleep 1000");
+    let process = host.launch(&vmm).spawn().await.unwrap();
+    eventually("the log is begun anew", || fs::read(&host.log).is_ok_and(|log| log.starts_with(b"[earlier"))).await;
+    eventually("it is small", || fs::metadata(&host.log).unwrap().len() <= 4 << 20).await;
+    process.kill().await.unwrap();
+    host.end().await;
+}
+
+#[tokio::test]
 async fn nobody_has_to_wait_for_an_end_to_be_reaped() {
     let host = Host::new();
     let process = host.launch(&host.program("exit 0")).spawn().await.unwrap();
@@ -174,7 +185,8 @@ async fn connecting_ends_with_the_process_and_with_the_limit() {
 #[tokio::test]
 async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     let host = Host::new();
-    let vmm = host.program("sleep 1000 & exec sleep 1000");
+    let vmm = host.program("sleep 1000 & read line < /run/wrenn/vm/fifo; head -c 9000000 /dev/zero; exec sleep 1000");
+    assert!(Command::new("mkfifo").arg(host.dir.join("fifo")).status().unwrap().success());
     let mut agent = host.agent("process::be_the_agent", &vmm);
     let mut said = BufReader::new(agent.stdout.take().unwrap()).lines().map(Result::unwrap);
     let identity = said.find_map(|line| line.strip_prefix("identity ").map(str::to_owned)).unwrap();
@@ -190,6 +202,9 @@ async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     let process = Process::adopt(&identity, &host.cgroup).unwrap().expect("it survived");
     assert_eq!((process.exit(), process.identity()), (None, identity));
     assert!(host.cgroup.pids().unwrap().contains(&identity.pid));
+    fs::write(host.dir.join("fifo"), "\n").unwrap();
+    eventually("its log is bounded as before", || fs::read(&host.log).is_ok_and(|log| log.starts_with(b"[earlier")))
+        .await;
     let waiting = tokio::spawn({
         let process = process.clone();
         async move { process.exited().await }
