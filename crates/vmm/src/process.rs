@@ -11,10 +11,11 @@
 
 mod launch;
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
@@ -22,10 +23,16 @@ use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::cgroup::{self, Cgroup};
 
 pub use launch::{Launch, Step};
+
+/// What a VMM's log may grow to, in bytes. A guest writes to it as fast as it likes, through its serial console.
+const LOG_LIMIT: u64 = 4 << 20;
+/// How often its size is looked at.
+const LOG_LOOK: Duration = Duration::from_secs(1);
 
 /// What could not be done to a process.
 #[derive(Debug, thiserror::Error)]
@@ -134,11 +141,17 @@ impl Process {
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
             .map_err(|error| Error::Watch { pid: identity.pid, source: error.into() })?;
         let (sender, exit) = watch::channel(None);
+        let log = log_of(identity.pid);
         tokio::spawn(async move {
-            // Readiness can only fail when the runtime goes away, and this task with it.
-            if pidfd.readable().await.is_ok() {
-                sender.send_replace(Some(reap(pidfd.get_ref())));
+            loop {
+                match timeout(LOG_LOOK, pidfd.readable()).await {
+                    Ok(Ok(_)) => break,
+                    // Readiness can only fail when the runtime goes away, and this task with it.
+                    Ok(Err(_)) => return,
+                    Err(_) => log.as_ref().map_or((), bound),
+                }
             }
+            sender.send_replace(Some(reap(pidfd.get_ref())));
         });
         Ok(Self { identity, cgroup, exit })
     }
@@ -173,6 +186,20 @@ impl Process {
     pub async fn kill(&self) -> Result<Exit, Error> {
         self.cgroup.kill().await?;
         Ok(self.exited().await)
+    }
+}
+
+/// The file that the process prints to, if it is one: found by the process, because an adopted one has no other trace of it.
+fn log_of(pid: u32) -> Option<File> {
+    let path = format!("/proc/{pid}/fd/1");
+    // Opening a pipe or a device for this could wait, or have an effect.
+    fs::metadata(&path).ok()?.is_file().then(|| File::options().append(true).open(path).ok())?
+}
+
+/// Begins a log that has grown too long anew. Its writer appends, so it goes on at the beginning.
+fn bound(log: &File) {
+    if log.metadata().is_ok_and(|file| file.len() > LOG_LIMIT) {
+        let _ = log.set_len(0).and_then(|()| (&*log).write_all(b"[earlier output was dropped]\n"));
     }
 }
 

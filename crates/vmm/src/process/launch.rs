@@ -34,11 +34,11 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// The capsule's own directory on the host; the VMM sees it as [`CAPSULE_DIR`], and makes its socket there.
     pub dir: &'a Path,
-    /// The file that holds its network namespace.
+    /// The file that holds its network namespace, in a directory of nothing else.
     pub netns: &'a Path,
     /// The group it joins; must exist.
     pub cgroup: &'a Cgroup,
-    /// Gets what it prints, appended; may be truncated from outside at any time.
+    /// Gets what it prints, appended; begun anew whenever it has grown past 4 MiB.
     pub log: &'a Path,
 }
 

@@ -68,6 +68,11 @@ impl Host {
         }
     }
 
+    /// Name of its network namespace.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// A program that ignores its arguments and runs `script`.
     pub fn program(&self, script: &str) -> PathBuf {
         let path = self.directory.join(format!("vmm-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
@@ -103,7 +108,7 @@ impl Drop for Host {
     }
 }
 
-fn ip(arguments: &[&str]) {
+pub fn ip(arguments: &[&str]) {
     assert!(Command::new("ip").args(arguments).status().unwrap().success(), "ip {arguments:?}");
 }
 

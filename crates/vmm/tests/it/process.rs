@@ -1,8 +1,4 @@
 //! Process supervision, with plain programs in the VMM's place: what is tested here ends where the API begins.
-//!
-//! Needs root and cgroup 2, as the agent does.
-
-mod host;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -17,7 +13,7 @@ use vmm::CAPSULE_DIR;
 use vmm::client::{self, Client};
 use vmm::process::{Error, Exit, Identity, Launch, Process, Step};
 
-use host::{Host, eventually};
+use crate::host::{Host, eventually};
 
 /// Set in the environment of this same test program when it is to be the agent that gets killed.
 const AGENT: &str = "WRENN_TEST_AGENT";
@@ -84,6 +80,17 @@ async fn its_end_is_told_to_all_who_ask_and_at_any_time() {
 
     let killed = host.launch(&host.program("kill -SEGV $$")).spawn().await.unwrap();
     assert_eq!(killed.exited().await, Exit::Signal(11));
+    host.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_never_stops_talking_does_not_fill_the_disk() {
+    let host = Host::new();
+    let vmm = host.program("head -c 9000000 /dev/zero >&2; echo done; exec sleep 1000");
+    let process = host.launch(&vmm).spawn().await.unwrap();
+    eventually("the log is begun anew", || fs::read(&host.log).is_ok_and(|log| log.starts_with(b"[earlier"))).await;
+    eventually("it is small", || fs::metadata(&host.log).unwrap().len() <= 4 << 20).await;
+    process.kill().await.unwrap();
     host.end().await;
 }
 
@@ -178,8 +185,9 @@ async fn connecting_ends_with_the_process_and_with_the_limit() {
 #[tokio::test]
 async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     let host = Host::new();
-    let vmm = host.program("sleep 1000 & exec sleep 1000");
-    let mut agent = host.agent("be_the_agent", &vmm);
+    let vmm = host.program("sleep 1000 & read line < /run/wrenn/vm/fifo; head -c 9000000 /dev/zero; exec sleep 1000");
+    assert!(Command::new("mkfifo").arg(host.dir.join("fifo")).status().unwrap().success());
+    let mut agent = host.agent("process::be_the_agent", &vmm);
     let mut said = BufReader::new(agent.stdout.take().unwrap()).lines().map(Result::unwrap);
     let identity = said.find_map(|line| line.strip_prefix("identity ").map(str::to_owned)).unwrap();
     let identity: Identity = serde_json::from_str(&identity).unwrap();
@@ -194,6 +202,9 @@ async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     let process = Process::adopt(&identity, &host.cgroup).unwrap().expect("it survived");
     assert_eq!((process.exit(), process.identity()), (None, identity));
     assert!(host.cgroup.pids().unwrap().contains(&identity.pid));
+    fs::write(host.dir.join("fifo"), "\n").unwrap();
+    eventually("its log is bounded as before", || fs::read(&host.log).is_ok_and(|log| log.starts_with(b"[earlier")))
+        .await;
     let waiting = tokio::spawn({
         let process = process.clone();
         async move { process.exited().await }
@@ -211,7 +222,7 @@ async fn an_agent_killed_while_it_launches_leaves_nothing_untracked() {
     let seconds = format!("4{}", std::process::id());
     let vmm = host.program(&format!("exec sleep {seconds}"));
     for round in 0..12 {
-        let mut agent = host.agent("be_an_agent_that_launches_for_ever", &vmm);
+        let mut agent = host.agent("process::be_an_agent_that_launches_for_ever", &vmm);
         let mut first = [0];
         agent.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
         tokio::time::sleep(Duration::from_micros(round * 700)).await;
@@ -220,7 +231,7 @@ async fn an_agent_killed_while_it_launches_leaves_nothing_untracked() {
         let tracked = || host.cgroup.pids().unwrap();
         // A child met by the guard's signal needs a moment to be gone.
         eventually("all that runs is tracked", || sleepers(&seconds).iter().all(|pid| tracked().contains(pid))).await;
-        let guarded = format!("--exact\0{}", "be_an_agent_that_launches_for_ever");
+        let guarded = format!("--exact\0{}", "process::be_an_agent_that_launches_for_ever");
         eventually("no half-made child is left", || {
             processes(|cmdline| cmdline.contains(&guarded)).iter().all(|pid| tracked().contains(pid))
         })
