@@ -68,16 +68,15 @@ impl Control {
         Ok(key.reveal())
     }
 
-<<<<<<< HEAD
     /// Whether `key` speaks for anyone.
     pub async fn knows_key(&self, key: &str) -> Result<bool, Error> {
         let Some(key) = db::key::Key::parse(key) else { return Ok(false) };
         Ok(db::key::team_of_any_team(&self.ctx.db, &key).await?.is_some())
-=======
+    }
+
     #[cfg(test)]
     pub(crate) fn context(&self) -> Arc<Context> {
         self.ctx.clone()
->>>>>>> control
     }
 
     /// Every route.
