@@ -1,5 +1,7 @@
 //! A started microVM: how it is started, paused, saved and changed.
 
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -24,6 +26,10 @@ const SAVE: Duration = Duration::from_secs(120);
 pub enum Error {
     #[error("Cannot start microvm without kernel configuration.")]
     NoKernel,
+    #[error("Cannot start microvm: the kernel is not an uncompressed 64-bit x86 ELF image.")]
+    KernelFormat,
+    #[error("Cannot start microvm: the kernel cannot be read")]
+    KernelRead(#[source] io::Error),
     #[error("save/restore unavailable while running")]
     SaveWhileRunning,
     #[error("Unknown Vsock Device")]
@@ -88,6 +94,7 @@ impl Vm {
     /// Boots `config`.
     pub async fn boot(config: VmConfig, since: tsc::Reading) -> Result<Self, Error> {
         let source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
+        check_kernel(&source.kernel_image_path)?;
         let tsc_khz = since.rate_khz().await;
         let memory = Memory::create(config.memory_bytes())?;
         let userfault = config.machine.track_dirty_pages.then_some(Userfault { missing: false, track: true });
@@ -393,6 +400,19 @@ impl Vm {
             entropy: config.entropy,
         }
     }
+}
+
+/// QEMU starts whatever it is given; a file that is no kernel would only show as a guest that says nothing.
+fn check_kernel(path: &Path) -> Result<(), Error> {
+    let mut start = [0; 20];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut start)) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Error::KernelFormat),
+        Err(error) => return Err(Error::KernelRead(error)),
+    }
+    let elf64 = start.starts_with(b"\x7fELF\x02\x01");
+    let x86_64 = start[18..20] == [62, 0];
+    if elf64 && x86_64 { Ok(()) } else { Err(Error::KernelFormat) }
 }
 
 /// Copies a memory file off the API's thread.
