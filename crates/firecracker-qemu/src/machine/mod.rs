@@ -111,8 +111,7 @@ impl Machine {
     pub async fn stop(&mut self) {
         self.metadata = None;
         if let Phase::Started(vm) = std::mem::replace(&mut self.phase, Phase::Configuring(Box::default())) {
-            let vm = *vm;
-            vm.qemu.kill().await;
+            (*vm).stop().await;
         }
     }
 

@@ -16,7 +16,7 @@ use crate::qemu::argv::{self, Origin, Userfault};
 use crate::qemu::{self, Qemu};
 use crate::snapshot::{self, Header, State};
 use crate::tracker::{self, Tracker};
-use crate::{netlink, throttle, tsc, uffd};
+use crate::{log, netlink, throttle, tsc, uffd};
 
 /// How long a Full snapshot of a lazily restored guest waits for its page-fault handler.
 const SAVE: Duration = Duration::from_secs(120);
@@ -297,6 +297,16 @@ impl Vm {
         }))
     }
 
+    /// Kills QEMU, waits until it is gone, and takes the limits off the taps.
+    pub async fn stop(self) {
+        self.qemu.kill().await;
+        for interface in self.config.network_interfaces.iter().filter(|known| !throttle::tap(known).is_empty()) {
+            if let Err(error) = netlink::set_limits(&interface.host_dev_name, &[]) {
+                tracing::warn!("leaving rate limits behind: {}", log::chain(&error));
+            }
+        }
+    }
+
     /// `SendCtrlAltDel`.
     pub async fn ctrl_alt_del(&self) -> Result<(), Error> {
         let keys = ["ctrl", "alt", "delete"].map(|key| json!({ "type": "qcode", "data": key }));
@@ -344,8 +354,11 @@ impl Vm {
             }
         }
         for interface in &self.config.network_interfaces {
-            if interface.rx_rate_limiter.is_some() || interface.tx_rate_limiter.is_some() {
-                netlink::set_limits(&interface.host_dev_name, &throttle::tap(interface))?;
+            let limits = throttle::tap(interface);
+            // A predecessor that was killed left its limits on the tap.
+            match netlink::set_limits(&interface.host_dev_name, &limits) {
+                Err(error) if limits.is_empty() => tracing::debug!("no limits to clear: {}", log::chain(&error)),
+                outcome => outcome?,
             }
         }
         Ok(())
