@@ -14,6 +14,9 @@ pub const VERSION: &str =
 /// The Firecracker release whose contract is served.
 pub const CONTRACT: &str = "1.16.1";
 
+/// The exit code of Firecracker for a command line it does not understand.
+pub const BAD_ARGUMENTS: u8 = 153;
+
 #[derive(Debug, Parser)]
 #[command(name = "Firecracker", version = VERSION, about = "Firecracker's HTTP API served by QEMU, for hosts without KVM")]
 pub struct Args {

@@ -31,7 +31,14 @@ use clap::Parser as _;
 // One thread: Firecracker answers one request at a time, and QEMU's life is tied to the thread that started it.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    let args = args::Args::parse();
+    let args = match args::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Where this goes is closed: nobody reads it.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(args::BAD_ARGUMENTS) } else { ExitCode::SUCCESS };
+        }
+    };
     if let Err(error) = log::install(&args) {
         args::complain(&error);
         return ExitCode::FAILURE;

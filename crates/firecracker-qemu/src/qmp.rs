@@ -164,7 +164,7 @@ impl Shared {
             let sent = self
                 .stream
                 .async_io(Interest::WRITABLE, || {
-                    let fds: &[BorrowedFd<'_>] = fd.as_ref().map_or(&[], std::slice::from_ref);
+                    let fds = fd.as_slice();
                     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
                     let mut ancillary = SendAncillaryBuffer::new(&mut space);
                     if !fds.is_empty() {

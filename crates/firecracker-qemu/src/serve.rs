@@ -28,6 +28,9 @@ use crate::mmds;
 /// A failed load ends the process once its answer was written, or after this.
 const LAST_ANSWER: Duration = Duration::from_secs(2);
 
+/// How long the end of this process waits for an action that is going on.
+const LAST_ACTION: Duration = Duration::from_secs(2);
+
 /// Why the API was not served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -49,8 +52,9 @@ pub async fn run(args: Args) -> Result<u8, Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
     let (ends, mut ended) = mpsc::unbounded_channel();
     let (give_up, mut gave_up) = mpsc::channel(1);
+    let machine = Arc::new(Mutex::new(Machine::new(&args, ends)));
     let api = Api {
-        machine: Arc::new(Mutex::new(Machine::new(&args, ends))),
+        machine: Arc::clone(&machine),
         max_body: args.http_api_max_payload_size,
         failed: Arc::default(),
         give_up,
@@ -72,6 +76,10 @@ pub async fn run(args: Args) -> Result<u8, Error> {
         _ = interrupt.recv() => 128 + 2,
     };
     accepting.abort();
+    // QEMU holds the tap until it is gone. An action in the way is not waited for: QEMU then dies with this process.
+    if let Ok(mut machine) = tokio::time::timeout(LAST_ACTION, machine.lock()).await {
+        machine.stop().await;
+    }
     // It is ours and nobody answers on it any more; that it is gone already is fine.
     let _ = std::fs::remove_file(&path);
     Ok(code)
@@ -133,7 +141,13 @@ impl Api {
                 return fault(StatusCode::BAD_REQUEST, &error.to_string());
             }
         };
-        let outcome = self.machine.lock().await.handle(action).await;
+        // A client that hangs up must not leave an action half done, so each runs in a task of its own.
+        let machine = Arc::clone(&self.machine);
+        let acting = tokio::spawn(async move { machine.lock().await.handle(action).await });
+        let outcome = match acting.await {
+            Ok(outcome) => outcome,
+            Err(_) => return fault(StatusCode::BAD_REQUEST, "This process is ending."),
+        };
         match outcome {
             Ok(Reply::Empty) => {
                 tracing::info!(method = %head.method, path, "done");

@@ -122,7 +122,13 @@ fn put(segments: [Option<&str>; 4], body: &[u8]) -> Result<Option<Action>, Error
             }
             Action::PutBalloon(balloon)
         }
-        [Some("entropy"), None, ..] => Action::PutEntropy(json(body)?),
+        [Some("entropy"), None, ..] => {
+            let entropy: Entropy = json(body)?;
+            if entropy.rate_limiter.is_some_and(|limiter| limiter.ops.is_some()) {
+                return Err(Error::Unsupported("A limit on the entropy device's operations"));
+            }
+            Action::PutEntropy(entropy)
+        }
         [Some("serial"), None, ..] => {
             let serial: Serial = json(body)?;
             if serial.rate_limiter.is_some() {

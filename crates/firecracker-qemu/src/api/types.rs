@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// `/machine-config`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,15 +13,15 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// MiB of guest memory, at least 1.
     pub mem_size_mib: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub smt: bool,
     /// Deprecated by Firecracker; only `None` can be had here.
-    #[serde(default, skip_serializing)]
+    #[serde(skip_serializing)]
     pub cpu_template: Option<CpuTemplate>,
     /// Makes Diff snapshots exact, at the price of a fault per page first written.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub track_dirty_pages: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub huge_pages: HugePages,
 }
 
@@ -88,13 +88,13 @@ pub struct Drive {
     pub drive_id: String,
     pub is_root_device: bool,
     pub partuuid: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub cache_type: CacheType,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub is_read_only: bool,
     pub path_on_host: Option<PathBuf>,
     pub rate_limiter: Option<RateLimiter>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub io_engine: IoEngine,
     /// A vhost-user-blk socket, which is refused.
     pub socket: Option<PathBuf>,
@@ -197,12 +197,12 @@ pub struct Balloon {
     pub amount_mib: u64,
     pub deflate_on_oom: bool,
     /// Seconds between two readings of the guest's statistics; 0 turns them off.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub stats_polling_interval_s: u16,
     /// A developer preview of Firecracker, refused.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub free_page_hinting: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub free_page_reporting: bool,
 }
 
@@ -231,7 +231,7 @@ pub struct Entropy {
 pub struct Serial {
     pub serial_out_path: Option<PathBuf>,
     /// Refused: QEMU cannot limit a serial port.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
 }
 
@@ -292,15 +292,14 @@ pub struct Metrics {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub version: MmdsVersion,
     /// Interfaces whose guest side may ask.
     pub network_interfaces: Vec<String>,
     /// Link-local; 169.254.169.254 unless said otherwise.
-    #[serde(default = "default_mmds_address")]
-    pub ipv4_address: std::net::Ipv4Addr,
+    pub ipv4_address: Option<std::net::Ipv4Addr>,
     /// Always answer in the plain text of EC2's service.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub imds_compat: bool,
 }
 
@@ -311,8 +310,11 @@ pub enum MmdsVersion {
     V2,
 }
 
-fn default_mmds_address() -> std::net::Ipv4Addr {
-    std::net::Ipv4Addr::new(169, 254, 169, 254)
+impl MmdsConfig {
+    /// The address the guest asks.
+    pub fn address(&self) -> std::net::Ipv4Addr {
+        self.ipv4_address.unwrap_or(std::net::Ipv4Addr::new(169, 254, 169, 254))
+    }
 }
 
 /// `PUT /actions`.
@@ -348,7 +350,7 @@ pub enum RunState {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub snapshot_type: SnapshotType,
     pub snapshot_path: PathBuf,
     pub mem_file_path: PathBuf,
@@ -368,18 +370,18 @@ pub struct SnapshotLoad {
     pub snapshot_path: PathBuf,
     pub mem_file_path: Option<PathBuf>,
     pub mem_backend: Option<MemBackend>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub resume_vm: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub track_dirty_pages: bool,
     /// The older name of `track_dirty_pages`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub enable_diff_snapshots: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub network_overrides: Vec<NetworkOverride>,
     pub vsock_override: Option<VsockOverride>,
     /// Refused: the guest's wall clock here is its own.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub clock_realtime: bool,
 }
 
@@ -408,4 +410,13 @@ pub struct NetworkOverride {
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
     pub uds_path: PathBuf,
+}
+
+/// An explicit null is as good as nothing.
+fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }

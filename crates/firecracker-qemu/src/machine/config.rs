@@ -155,7 +155,7 @@ impl VmConfig {
         if mmds.network_interfaces.is_empty() || unknown.is_some() {
             return Err(Error::MmdsInterface(unknown.cloned()));
         }
-        if !mmds.ipv4_address.is_link_local() {
+        if !mmds.address().is_link_local() {
             return Err(Error::MmdsAddress);
         }
         self.mmds = Some(mmds);

@@ -38,8 +38,9 @@ pub enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    /// After this the process ends.
     #[error("Load snapshot error")]
-    Load(#[source] vm::Error),
+    Load(#[source] Box<Self>),
     #[error(transparent)]
     Mmds(#[from] mmds::Error),
     #[error(transparent)]
@@ -104,6 +105,14 @@ impl Machine {
         };
         self.metrics.count_request(outcome.is_ok());
         outcome
+    }
+
+    /// Ends the microVM, if there is one, and waits until it is gone.
+    pub async fn stop(&mut self) {
+        self.metadata = None;
+        if let Phase::Started(vm) = std::mem::replace(&mut self.phase, Phase::Configuring(Box::default())) {
+            (*vm).stop().await;
+        }
     }
 
     async fn before_start(&mut self, action: Action) -> Result<Reply, Error> {
@@ -214,8 +223,8 @@ impl Machine {
             return Err(Error::LoadAfterConfiguration);
         }
         let since = metrics::Started::now();
-        let vm = Vm::load(load, self.born).await.map_err(Error::Load)?;
-        self.started(vm)?;
+        let loaded = Vm::load(load, self.born).await.map_err(Error::Vm);
+        loaded.and_then(|vm| self.started(vm)).map_err(|error| Error::Load(Box::new(error)))?;
         self.metrics.loaded(since);
         Ok(())
     }

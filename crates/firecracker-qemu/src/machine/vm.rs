@@ -1,5 +1,7 @@
 //! A started microVM: how it is started, paused, saved and changed.
 
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +16,7 @@ use crate::qemu::argv::{self, Origin, Userfault};
 use crate::qemu::{self, Qemu};
 use crate::snapshot::{self, Header, State};
 use crate::tracker::{self, Tracker};
-use crate::{netlink, throttle, tsc, uffd};
+use crate::{log, netlink, throttle, tsc, uffd};
 
 /// How long a Full snapshot of a lazily restored guest waits for its page-fault handler.
 const SAVE: Duration = Duration::from_secs(120);
@@ -24,6 +26,10 @@ const SAVE: Duration = Duration::from_secs(120);
 pub enum Error {
     #[error("Cannot start microvm without kernel configuration.")]
     NoKernel,
+    #[error("Cannot start microvm: the kernel is not an uncompressed 64-bit x86 ELF image.")]
+    KernelFormat,
+    #[error("Cannot start microvm: the kernel cannot be read")]
+    KernelRead(#[source] io::Error),
     #[error("save/restore unavailable while running")]
     SaveWhileRunning,
     #[error("Unknown Vsock Device")]
@@ -88,6 +94,7 @@ impl Vm {
     /// Boots `config`.
     pub async fn boot(config: VmConfig, since: tsc::Reading) -> Result<Self, Error> {
         let source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
+        check_kernel(&source.kernel_image_path)?;
         let tsc_khz = since.rate_khz().await;
         let memory = Memory::create(config.memory_bytes())?;
         let userfault = config.machine.track_dirty_pages.then_some(Userfault { missing: false, track: true });
@@ -290,6 +297,16 @@ impl Vm {
         }))
     }
 
+    /// Kills QEMU, waits until it is gone, and takes the limits off the taps.
+    pub async fn stop(self) {
+        self.qemu.kill().await;
+        for interface in self.config.network_interfaces.iter().filter(|known| !throttle::tap(known).is_empty()) {
+            if let Err(error) = netlink::set_limits(&interface.host_dev_name, &[]) {
+                tracing::warn!("leaving rate limits behind: {}", log::chain(&error));
+            }
+        }
+    }
+
     /// `SendCtrlAltDel`.
     pub async fn ctrl_alt_del(&self) -> Result<(), Error> {
         let keys = ["ctrl", "alt", "delete"].map(|key| json!({ "type": "qcode", "data": key }));
@@ -337,8 +354,11 @@ impl Vm {
             }
         }
         for interface in &self.config.network_interfaces {
-            if interface.rx_rate_limiter.is_some() || interface.tx_rate_limiter.is_some() {
-                netlink::set_limits(&interface.host_dev_name, &throttle::tap(interface))?;
+            let limits = throttle::tap(interface);
+            // A predecessor that was killed left its limits on the tap.
+            match netlink::set_limits(&interface.host_dev_name, &limits) {
+                Err(error) if limits.is_empty() => tracing::debug!("no limits to clear: {}", log::chain(&error)),
+                outcome => outcome?,
             }
         }
         Ok(())
@@ -393,6 +413,19 @@ impl Vm {
             entropy: config.entropy,
         }
     }
+}
+
+/// QEMU starts whatever it is given; a file that is no kernel would only show as a guest that says nothing.
+fn check_kernel(path: &Path) -> Result<(), Error> {
+    let mut start = [0; 20];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut start)) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Error::KernelFormat),
+        Err(error) => return Err(Error::KernelRead(error)),
+    }
+    let elf64 = start.starts_with(b"\x7fELF\x02\x01");
+    let x86_64 = start[18..20] == [62, 0];
+    if elf64 && x86_64 { Ok(()) } else { Err(Error::KernelFormat) }
 }
 
 /// Copies a memory file off the API's thread.

@@ -99,13 +99,13 @@ pub struct Service {
 impl Service {
     /// Serves `store` to the guest sides of the configured interfaces.
     pub fn start(config: &MmdsConfig, interfaces: &[NetworkInterface], store: &Store) -> Result<Self, Error> {
-        let mut service = Self { listeners: Vec::new(), address: config.ipv4_address, devices: Vec::new() };
+        let mut service = Self { listeners: Vec::new(), address: config.address(), devices: Vec::new() };
         let guest = Arc::new(guest::Guest::new(config, store.clone()));
         for interface in interfaces.iter().filter(|known| config.network_interfaces.contains(&known.iface_id)) {
             let device = interface.host_dev_name.clone();
-            netlink::add_address(&device, config.ipv4_address)?;
+            netlink::add_address(&device, config.address())?;
             service.devices.push(device.clone());
-            let listener = listen(&device, config.ipv4_address).map_err(|source| Error::Listen { device, source })?;
+            let listener = listen(&device, config.address()).map_err(|source| Error::Listen { device, source })?;
             service.listeners.push(tokio::spawn(accept(listener, Arc::clone(&guest))));
         }
         Ok(service)
@@ -153,7 +153,7 @@ async fn accept(listener: TcpListener, guest: Arc<guest::Guest>) {
             let answer = service_fn(|request| {
                 let (head, _) = http::Request::into_parts(request);
                 let response = guest.answer(&head, Instant::now());
-                async move { Ok::<_, Infallible>(response.map(|text| Full::<bytes::Bytes>::from(text))) }
+                async move { Ok::<_, Infallible>(response.map(Full::<bytes::Bytes>::from)) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())

@@ -175,6 +175,9 @@ fn devices(config: &VmConfig) -> Vec<Value> {
             "driver": "virtio-blk-device",
             "id": drive_device(index),
             "drive": node_name(index, 0),
+            // Otherwise a full host disk would stop the guest instead of failing its write.
+            "werror": "report",
+            "rerror": "report",
         }));
     }
     for (index, interface) in config.network_interfaces.iter().enumerate() {

@@ -36,6 +36,9 @@ const KEPT_LINES: usize = 8;
 /// How long a migration may take; a restore waits for a page-fault handler it does not control.
 const MIGRATION: Duration = Duration::from_secs(60);
 
+/// A killed process is gone in milliseconds, unless its files are on a device that hangs.
+const REAPED: Duration = Duration::from_secs(2);
+
 /// Why QEMU did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -150,6 +153,14 @@ impl Qemu {
             let guest_shut_down = ended.await;
             (guest_shut_down, last_words(exit, &errors).await)
         }
+    }
+
+    /// Kills QEMU and waits until it is reaped.
+    pub async fn kill(self) {
+        let Self { mut exit, _alive: alive, .. } = self;
+        drop(alive);
+        // The supervisor reports the exit before it goes; an unkillable QEMU is left to the kernel.
+        let _ = timeout(REAPED, exit.wait_for(Option::is_some)).await;
     }
 
     /// A memfd is both ends' file: QEMU has no other way to write where this process may not name a path.

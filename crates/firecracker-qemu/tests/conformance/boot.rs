@@ -45,7 +45,7 @@ fn disks_keep_what_the_guest_writes() {
     let mut vm = host.vm();
     vm.configure();
     let (disk, locked) = (host.disk("disk", 8 << 20), host.disk("locked", 1 << 20));
-    vm.drive("disk", &disk, json!({ "cache_type": "Writeback" }));
+    vm.drive("disk", &disk, json!({ "cache_type": "Writeback", "io_engine": "Async" }));
     vm.drive("locked", &locked, json!({ "is_read_only": true }));
     vm.boot();
     let mut guest = vm.guest();
@@ -76,6 +76,17 @@ fn ctrl_alt_del_reaches_the_guest() {
     vm.api.put("/actions", json!({ "action_type": "SendCtrlAltDel" }));
     // No init here has asked to be told instead, so the kernel reboots at once.
     assert_eq!(vm.wait().code(), Some(0));
+}
+
+#[test]
+fn a_terminated_process_takes_the_guest_along() {
+    let host = Host::new();
+    let mut vm = host.booted();
+    let descendants = descendants(vm.pid());
+    let pid = rustix::process::Pid::from_raw(vm.pid().cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(!vm.wait().success());
+    assert!(descendants.into_iter().all(|pid| !alive(pid)));
 }
 
 #[test]

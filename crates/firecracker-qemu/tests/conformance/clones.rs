@@ -8,7 +8,10 @@ use crate::host::vm::load_request;
 #[test]
 fn two_clones_run_at_once_and_apart() {
     let host = Host::new();
-    let vm = host.booted();
+    let mut vm = host.vm();
+    vm.configure();
+    vm.api.patch("/machine-config", json!({ "vcpu_count": 2 }));
+    vm.boot();
     let mut guest = vm.guest();
     guest.run("fill 21 8");
     let sum = guest.run("sum");

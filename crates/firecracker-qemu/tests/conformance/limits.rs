@@ -36,6 +36,26 @@ fn drives_are_limited() {
 }
 
 #[test]
+fn limits_end_with_their_guest() {
+    const BYTES: usize = 6 << 20;
+    let host = Host::new();
+    let mut vm = host.vm();
+    vm.configure();
+    vm.boot();
+    let free = timed(|| vm.guest().upload(BYTES));
+    let patch = json!({ "iface_id": "eth0", "rx_rate_limiter": bandwidth(1 << 20) });
+    vm.api.patch("/network-interfaces/eth0", patch);
+    vm.kill();
+
+    let mut successor = vm.successor(&host);
+    successor.configure();
+    successor.boot();
+    let limited = Duration::from_secs((BYTES >> 20) as u64);
+    let again = timed(|| successor.guest().upload(BYTES));
+    assert!(again < limited / 2 || again < free * 3, "free {free:?}, after a limited guest {again:?}");
+}
+
+#[test]
 fn interfaces_are_limited_both_ways() {
     const BYTES: usize = 6 << 20;
     let host = Host::new();

@@ -112,6 +112,19 @@ fn files_that_do_not_exist_are_refused() {
 }
 
 #[test]
+fn a_start_that_fails_can_be_tried_again() {
+    let host = Host::new();
+    let mut vm = host.vm();
+    vm.configure();
+    let kernel = vm.api.get("/vm/config")["boot-source"].clone();
+    vm.api.put("/boot-source", json!({ "kernel_image_path": host.disk("kernel", 1 << 20) }));
+    vm.api.refused("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    assert_eq!(vm.state(), "Not started");
+    vm.api.put("/boot-source", kernel);
+    vm.boot();
+}
+
+#[test]
 fn what_comes_after_the_start_is_refused_before_it() {
     let host = Host::new();
     let vm = host.vm();

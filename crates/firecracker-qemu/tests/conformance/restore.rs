@@ -1,6 +1,7 @@
 //! Loading snapshots, from a file and through a page-fault handler.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use serde_json::json;
@@ -58,6 +59,20 @@ fn memory_comes_back_through_a_page_fault_handler() {
     assert!(early < 24 << 8, "all of memory was fetched before the guest asked for it: {early} pages");
     assert_eq!(guest.run("sum"), sum);
     assert!(pager.faults() > early);
+}
+
+#[test]
+fn pages_a_lazily_restored_guest_only_reads_are_not_in_its_diff() {
+    let host = Host::new();
+    let (snapshot, sum) = filled(&host);
+    let vm = host.vm();
+    let pager = vm.load_lazily(&host, &snapshot, json!({ "resume_vm": true, "track_dirty_pages": true }));
+    assert_eq!(vm.guest().run("sum"), sum);
+    assert!(pager.faults() > 24 << 8);
+    vm.pause();
+    let diff = vm.snapshot(&host, "diff", "Diff");
+    let saved = fs::metadata(&diff.memory).unwrap().blocks() * 512;
+    assert!(saved < 12 << 20, "{saved} bytes");
 }
 
 #[test]

@@ -37,6 +37,17 @@ fn allocated(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }
 
+/// Memory written in many places, by the guest's programs and its kernel.
+fn work(vm: &Vm) {
+    let mut guest = vm.guest();
+    guest.run("fill 1 12");
+    guest.run("fill 2 6");
+    for page in (0..1500).step_by(97) {
+        guest.run(&format!("poke {page} {page}"));
+    }
+    guest.run("list /proc");
+}
+
 fn restored(host: &Host, snapshot: &Snapshot) -> Vm {
     let vm = host.vm();
     vm.load(snapshot, json!({ "resume_vm": true }));
@@ -93,6 +104,40 @@ fn a_base_and_its_diffs_make_the_guest_again() {
     let mut guest = vm.guest();
     assert_eq!(guest.run("sum"), sum);
     assert_eq!(guest.run("cat /proc/sys/kernel/random/boot_id"), boot_id);
+}
+
+#[test]
+fn a_base_and_its_diff_are_a_full_snapshot_byte_for_byte() {
+    let host = Host::new();
+    let vm = tracked(&host);
+    work(&vm);
+    vm.pause();
+    let base = vm.snapshot(&host, "base", "Full");
+    for round in 0..3 {
+        vm.resume();
+        work(&vm);
+        vm.pause();
+        let diff = vm.snapshot(&host, "diff", "Diff");
+        let full = vm.snapshot(&host, "full", "Full");
+        rebase(&base.memory, &diff.memory);
+        let (merged, full) = (fs::read(&base.memory).unwrap(), fs::read(&full.memory).unwrap());
+        let missed = merged.chunks(4096).zip(full.chunks(4096)).filter(|(a, b)| a != b).count();
+        assert_eq!(missed, 0, "written pages were missed in round {round}");
+    }
+}
+
+#[test]
+fn a_client_that_hangs_up_loses_only_the_answer() {
+    let host = Host::new();
+    let vm = host.booted();
+    let sum = vm.guest().run("sum");
+    vm.pause();
+    let request = json!({ "snapshot_path": host.path("lost.state"), "mem_file_path": host.path("lost.mem") });
+    vm.api.send_and_hang_up("PUT", "/snapshot/create", &request);
+    let snapshot = vm.snapshot(&host, "base", "Full");
+    drop(vm);
+    let vm = restored(&host, &snapshot);
+    assert_eq!(vm.guest().run("sum"), sum);
 }
 
 #[test]

@@ -34,10 +34,15 @@ impl Api {
 
     /// Sends a request with any bytes for a body.
     pub fn raw(&self, method: &str, path: &str, body: &str) -> Answer {
-        self.try_raw(method, path, body).unwrap()
+        read_answer(&mut self.send(method, path, body).unwrap()).unwrap()
     }
 
-    pub fn try_raw(&self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
+    /// Sends a request whose answer nobody waits for.
+    pub fn send_and_hang_up(&self, method: &str, path: &str, body: &Value) {
+        drop(self.send(method, path, &body.to_string()).unwrap());
+    }
+
+    fn send(&self, method: &str, path: &str, body: &str) -> std::io::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket)?;
         stream.set_read_timeout(Some(DEADLINE))?;
         let length = body.len();
@@ -47,7 +52,7 @@ impl Api {
         );
         stream.write_all(head.as_bytes())?;
         stream.write_all(body.as_bytes())?;
-        read_answer(&mut stream)
+        Ok(stream)
     }
 
     /// A request that must succeed; its answer's body.

@@ -40,6 +40,7 @@ struct ZeroPage {
     zeropage: i64,
 }
 
+const COPY_MODE_WP: u64 = 1 << 1;
 const COPY: Opcode = opcode::read_write::<Copy>(0xAA, 0x03);
 const ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(0xAA, 0x04);
 
@@ -150,9 +151,18 @@ fn page(regions: &Value, memory: &File, address: u64) -> [u8; PAGE as usize] {
 
 fn copy(uffd: &OwnedFd, address: u64, page: &[u8; PAGE as usize]) -> bool {
     let src = page.as_ptr().expose_provenance() as u64;
-    let mut request = Copy { dst: address, src, len: PAGE, mode: 0, copy: 0 };
-    // SAFETY: UFFDIO_COPY reads `len` bytes at `src`, which is that long, into another process.
-    done(unsafe { rustix::ioctl::ioctl(uffd, Updater::<COPY, Copy>::new(&mut request)) })
+    let mut outcome = Ok(());
+    // Write-protected, so that a page the guest only reads does not count as written; where nobody tracks by that, the
+    // kernel refuses.
+    for mode in [COPY_MODE_WP, 0] {
+        let mut request = Copy { dst: address, src, len: PAGE, mode, copy: 0 };
+        // SAFETY: UFFDIO_COPY reads `len` bytes at `src`, which is that long, into another process.
+        outcome = unsafe { rustix::ioctl::ioctl(uffd, Updater::<COPY, Copy>::new(&mut request)) };
+        if outcome != Err(rustix::io::Errno::INVAL) {
+            break;
+        }
+    }
+    done(outcome)
 }
 
 fn zero(uffd: &OwnedFd, address: u64) -> bool {

@@ -40,15 +40,24 @@ pub struct Vm {
 impl Vm {
     /// Starts the process in `namespace` and waits for its API.
     pub fn start(host: &Host, namespace: String) -> Self {
+        Self::start_as(host, namespace.clone(), &namespace)
+    }
+
+    /// Starts another process in the namespace of this one, which has ended.
+    pub fn successor(&self, host: &Host) -> Self {
+        Self::start_as(host, self.namespace.clone(), &format!("{}-2", self.namespace))
+    }
+
+    fn start_as(host: &Host, namespace: String, id: &str) -> Self {
         let binary =
             std::env::var_os("FIRECRACKER_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_firecracker-qemu").into());
-        let socket = host.path(&format!("{namespace}.sock"));
+        let socket = host.path(&format!("{id}.sock"));
         let mut child = Command::new("ip")
             .args(["netns", "exec", &namespace])
             .arg(binary)
             .arg("--api-sock")
             .arg(&socket)
-            .args(["--id", &namespace])
+            .args(["--id", id])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
