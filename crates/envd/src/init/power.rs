@@ -30,7 +30,7 @@ pub async fn shut_down_on_signal() -> io::Result<()> {
     Ok(reboot(RebootCommand::Restart)?)
 }
 
-/// Every process but this one, by walking `/proc`: without a C library call for `kill(-1)` in rustix, this is the same.
+/// Every process but this one. rustix has no `kill(-1)`; walking `/proc` comes to the same.
 fn signal_everyone(signal: Signal) {
     let Ok(entries) = std::fs::read_dir("/proc") else { return };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());

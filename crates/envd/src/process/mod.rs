@@ -158,8 +158,8 @@ impl Processes {
         let table = self.lock();
         let draining = table.running.values().filter(|process| process.is(selector));
         let draining = draining.max_by_key(|process| (process.is_running(), process.started));
-        let ended = || table.ended.iter().rev().map(|ended| &ended.process).find(|process| process.is(selector));
-        draining.or_else(ended).cloned()
+        let mut kept = table.ended.iter().rev().filter(|ended| !ended.is_stale());
+        draining.or_else(|| kept.find(|ended| ended.process.is(selector)).map(|ended| &ended.process)).cloned()
     }
 
     /// Sends a signal to a process and its group. False when it has ended.
@@ -174,16 +174,14 @@ impl Processes {
     /// Moves a process to those that ended, and forgets the ones that are too old or too much.
     fn retire(&self, process: &Arc<Process>) {
         let mut table = self.lock();
-        let now = Instant::now();
         // A pid may be used again as soon as its process is reaped, which is before its output is drained.
         if table.running.get(&process.pid).is_some_and(|entered| Arc::ptr_eq(entered, process)) {
             table.running.remove(&process.pid);
         }
-        table.ended.push_back(Ended { process: Arc::clone(process), at: now });
+        table.ended.push_back(Ended { process: Arc::clone(process), at: Instant::now() });
         let mut bytes: u64 = table.ended.iter().map(|ended| ended.process.log.kept()).sum();
         while let Some(oldest) = table.ended.front() {
-            let stale = now - oldest.at > KEEP_FOR;
-            if !stale && table.ended.len() <= KEEP_PROCESSES && bytes <= KEEP_BYTES {
+            if !oldest.is_stale() && table.ended.len() <= KEEP_PROCESSES && bytes <= KEEP_BYTES {
                 break;
             }
             bytes -= oldest.process.log.kept();
@@ -193,6 +191,12 @@ impl Processes {
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ended {
+    fn is_stale(&self) -> bool {
+        self.at.elapsed() > KEEP_FOR
     }
 }
 

@@ -13,17 +13,20 @@ use guest_api::process::{
 async fn what_is_sent_is_read_and_closing_ends_it() {
     let envd = Envd::start();
     let client = envd.client();
-    let mut stream = start(&client, command("cat", &[]), CallOptions::default()).await.unwrap();
+    // It outlives its input, so that what comes after the end of input has somebody to come to.
+    let mut stream = start(&client, sh("cat; echo eof; exec sleep 1000"), CallOptions::default()).await.unwrap();
     let number = stream.started().await;
     send(&client, number, Input::Stdin(b"one\n".to_vec())).await.unwrap();
     assert_eq!(stream.until("one\n").await, b"one\n");
     send(&client, number, Input::Stdin(b"\xff\0two".to_vec())).await.unwrap();
     close(&client, number).await.unwrap();
+    assert_eq!(stream.until("eof\n").await, b"\xff\0twoeof\n");
     close(&client, number).await.unwrap();
     let late = send(&client, number, Input::Stdin(b"x".to_vec())).await;
-    assert!(matches!(late.unwrap_err().code, ErrorCode::FailedPrecondition | ErrorCode::NotFound));
-    let run = stream.rest().await.unwrap();
-    assert_eq!((run.stdout.as_slice(), run.end.exit_code), (b"\xff\0two".as_slice(), 0));
+    assert_eq!(late.unwrap_err().code, ErrorCode::FailedPrecondition);
+    crate::output::kill(number);
+    assert_eq!(stream.rest().await.unwrap().end.status, "signal: killed");
+    assert_eq!(close(&client, number).await.unwrap_err().code, ErrorCode::NotFound);
 }
 
 #[tokio::test]

@@ -137,6 +137,14 @@ fn errors_before_a_stream_begins_are_its_end() {
 }
 
 #[test]
+fn newer_clients_are_understood() {
+    let envd = Envd::start();
+    let request = json!({"process": {"cmd": "/bin/true", "novelty": {"deep": [1]}}, "another": "one", "stdin": null});
+    let events = events(&start(&envd, &request));
+    assert_eq!(events[1]["event"]["end"]["status"], "exit status 0", "{events:?}");
+}
+
+#[test]
 fn what_is_no_message_is_refused() {
     let envd = Envd::start();
     let wire = call(&envd, "/process.Process/List", "application/json", b"{\"surprise\": [");
