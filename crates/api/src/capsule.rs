@@ -81,7 +81,10 @@ pub struct CapsuleSpec {
 impl CreateCapsule {
     /// Fills in the defaults and checks every bound.
     pub fn validate(self) -> Result<CapsuleSpec, Invalid> {
-        let template = self.template.map(|name| name.parse::<SafeName>()).transpose()?.unwrap_or_default();
+        let template = match self.template {
+            Some(name) => name.parse().map_err(|invalid| Invalid { field: "template".into(), ..invalid })?,
+            None => SafeName::default(),
+        };
         let metadata = self.metadata.unwrap_or_default();
         limits::metadata(&metadata)?;
         Ok(CapsuleSpec {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use crate::name::is_safe;
+use crate::name::{RULE, is_safe};
 
 /// Virtual processors of a capsule.
 pub const VCPUS: RangeInclusive<i64> = 1..=32;
@@ -89,10 +89,7 @@ pub(crate) fn metadata(entries: &BTreeMap<String, String>) -> Result<(), Invalid
     for (key, value) in entries {
         let field = || format!("metadata.{key}");
         if !is_safe(key) {
-            return Err(Invalid::new(
-                "metadata",
-                "keys must be 1 to 64 characters of a-z, A-Z, 0-9, '.', '_' and '-', and begin with a letter or digit",
-            ));
+            return Err(Invalid::new("metadata", format!("keys {RULE}")));
         }
         if RESERVED_METADATA.contains(&key.as_str()) {
             return Err(Invalid::new(field(), "is reserved: the platform sets it"));

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,12 +22,19 @@ const GRACE: Duration = Duration::from_secs(10);
 /// All a control plane needs to know before it opens anything.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `sqlite:///path/to/file` or `postgres://user@host/database`.
+    /// [`sqlite_url`] of a file, or `postgres://user@host/database`.
     pub database_url: String,
     /// The agent of the one host this control plane steers.
     pub agent: Endpoint,
     /// What `GET /health` calls this program.
     pub version: String,
+}
+
+/// The address of a SQLite database in a file, whatever characters its path has.
+pub fn sqlite_url(path: &Path) -> String {
+    // These would end the path, or begin an escape.
+    let path = path.to_string_lossy().replace('%', "%25").replace('?', "%3F").replace('#', "%23");
+    format!("sqlite://{path}")
 }
 
 /// Why a control plane does not run.
@@ -87,6 +95,8 @@ impl Control {
     /// Serves until `shutdown`, then gives what is under way a moment to end. Background tasks run for as long.
     pub async fn run(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
         let stop = CancellationToken::new();
+        // Whoever drops this future means the same.
+        let _stop = stop.clone().drop_guard();
         let background = tokio::spawn(tasks::reconcile::run(self.ctx.clone(), stop.clone()));
         let listener = listener.tap_io(|stream| {
             // Answers are written whole; waiting to fill a segment would only delay them. A socket that refuses is closed anyway.

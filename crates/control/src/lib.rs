@@ -16,4 +16,4 @@ mod http;
 mod op;
 mod tasks;
 
-pub use control::{Config, Control, Error};
+pub use control::{Config, Control, Error, sqlite_url};

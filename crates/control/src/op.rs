@@ -68,7 +68,7 @@ pub enum Error {
     )]
     TooMuchOutput,
     /// The command may or may not have come to its end.
-    #[error("the connection to the capsule broke before the command ended")]
+    #[error("the command did not come to its end: {}", .0.message.as_deref().unwrap_or("the guest does not say why"))]
     Guest(#[source] connectrpc::ConnectError),
     #[error("the guest answered out of turn: {0}")]
     GuestAnswer(&'static str),

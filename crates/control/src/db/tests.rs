@@ -13,7 +13,7 @@ use super::*;
 /// An open, seeded database of each kind, by its address.
 async fn both() -> (Vec<(String, DatabaseConnection)>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let sqlite = format!("sqlite://{}", dir.path().join("control.db").display());
+    let sqlite = crate::sqlite_url(&dir.path().join("what? 100%25 #1.db"));
     let postgres = tokio::task::spawn_blocking(|| Postgres::shared().database()).await.unwrap();
     let mut opened = Vec::new();
     for url in [sqlite, postgres] {
@@ -43,7 +43,8 @@ async fn a_capsule(db: &DatabaseConnection, team: TeamId) -> Capsule {
 
 #[tokio::test]
 async fn opening_again_changes_nothing() {
-    let (stores, _dir) = both().await;
+    let (stores, dir) = both().await;
+    assert!(dir.path().join("what? 100%25 #1.db").exists(), "whatever its path");
     for (url, db) in stores {
         let team = a_team(&db, "one").await;
         let capsule = a_capsule(&db, team).await;

@@ -12,6 +12,8 @@ use crate::db::capsule::Capsule;
 
 /// How long an early request waits. Clients wait 30 s for an answer.
 const WAIT: Duration = Duration::from_secs(25);
+/// Another control plane on the same database may be the one that learns of the change; then only the row tells.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Answers when the capsule can do `command`, at once if it can; says why when it cannot.
 pub async fn usable(ctx: &Context, mut capsule: Capsule, command: Command) -> Result<Capsule, Error> {
@@ -35,9 +37,11 @@ pub async fn usable(ctx: &Context, mut capsule: Capsule, command: Command) -> Re
                         }
                     }
                 };
-                if tokio::time::timeout_at(until, changed).await.is_err() {
+                if Instant::now() >= until {
                     return Err(state(&capsule));
                 }
+                // Woken or not, the row says what is.
+                let _ = tokio::time::timeout_at(until.min(Instant::now() + LOOK_AGAIN), changed).await;
             }
         }
         capsule = db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.ok_or(Error::Gone)?;

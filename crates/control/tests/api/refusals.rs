@@ -3,6 +3,7 @@
 use api::{CapsuleId, ErrorCode};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use testkit::Postgres;
 
 use crate::world::{World, on_both, refused};
 
@@ -184,4 +185,19 @@ async fn paths_and_methods(world: World) {
         refused(answer, 405, ErrorCode::MethodNotAllowed);
     }
     untouched(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_away() {
+    let postgres = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
+    let world = World::over(postgres.database()).await;
+    let id = world.capsule().await;
+    tokio::task::spawn_blocking(|| drop(postgres)).await.unwrap();
+    let path = format!("/v1/capsules/{id}");
+    let (list, get, create) =
+        tokio::join!(world.get("/v1/capsules"), world.get(&path), world.post("/v1/capsules", json!({})),);
+    for answer in [list, get, create] {
+        refused(answer, 503, ErrorCode::Unavailable);
+    }
+    assert_eq!(*world.agent.creates().borrow(), 1, "what cannot be written down is not begun");
 }

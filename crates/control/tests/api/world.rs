@@ -44,16 +44,25 @@ pub struct World {
     pub client: reqwest::Client,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<()>,
-    _dir: tempfile::TempDir,
+    _dir: Option<tempfile::TempDir>,
 }
 
 impl World {
     pub async fn new(store: Store) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let database_url = match store {
-            Store::Sqlite => format!("sqlite://{}", dir.path().join("control.db").display()),
-            Store::Postgres => tokio::task::spawn_blocking(|| Postgres::shared().database()).await.unwrap(),
-        };
+        match store {
+            Store::Sqlite => {
+                let dir = tempfile::tempdir().unwrap();
+                let world = Self::over(control::sqlite_url(&dir.path().join("control.db"))).await;
+                Self { _dir: Some(dir), ..world }
+            }
+            Store::Postgres => {
+                Self::over(tokio::task::spawn_blocking(|| Postgres::shared().database()).await.unwrap()).await
+            }
+        }
+    }
+
+    /// Over a database that is there.
+    pub async fn over(database_url: String) -> Self {
         let agent = FakeAgent::start().await;
         let config = Config { database_url, agent: agent.endpoint(), version: "test".into() };
         let control = Control::open(config).await.unwrap();
@@ -69,7 +78,7 @@ impl World {
             };
             served.run(listener, shutdown).await.unwrap();
         });
-        Self { agent, control, url, key, client: reqwest::Client::new(), stop: Some(stop), serving, _dir: dir }
+        Self { agent, control, url, key, client: reqwest::Client::new(), stop: Some(stop), serving, _dir: None }
     }
 
     /// A key of another team.

@@ -6,7 +6,7 @@ use agent_api::CapsuleState;
 use api::{CreateCapsule, TeamId};
 use chrono::TimeDelta;
 use lifecycle::{Observed, State};
-use sea_orm::{ColumnTrait, EntityTrait, ExprTrait, QueryFilter};
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use testkit::FakeAgent;
 
 use super::*;
@@ -26,7 +26,7 @@ impl World {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let agent = FakeAgent::start().await;
-        let database_url = format!("sqlite://{}", dir.path().join("control.db").display());
+        let database_url = crate::sqlite_url(&dir.path().join("control.db"));
         let control =
             Control::open(Config { database_url, agent: agent.endpoint(), version: "test".into() }).await.unwrap();
         let team = control.ensure_team(&"first".parse().unwrap()).await.unwrap();
