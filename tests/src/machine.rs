@@ -71,15 +71,12 @@ fn mount_point(line: String) -> String {
     line.split(' ').nth(4).unwrap_or_default().to_owned()
 }
 
-/// VMMs and what they started, with their pids.
+/// Everything that runs in a control group of an agent: VMMs and what they started.
 fn processes() -> BTreeSet<String> {
-    let is_vmm = |name: &str| ["firecracker", "qemu-system"].iter().any(|vmm| name.starts_with(vmm));
     let pids = names("/proc").into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
-    pids.filter_map(|pid| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        is_vmm(name.trim()).then(|| format!("{} {pid}", name.trim()))
-    })
-    .collect()
+    pids.filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|groups| groups.contains("/wrenn-")))
+        .map(|pid| format!("{} {pid}", fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim()))
+        .collect()
 }
 
 /// The cgroups of all agents, wherever cgroup2 is mounted.
