@@ -46,7 +46,7 @@ async fn main() -> ExitCode {
     match serve::run(args).await {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            tracing::error!("{}", log::chain(&error));
+            tracing::error!("{}", crate::log::chain(&error));
             ExitCode::FAILURE
         }
     }

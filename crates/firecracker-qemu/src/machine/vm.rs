@@ -302,7 +302,7 @@ impl Vm {
         self.qemu.kill().await;
         for interface in self.config.network_interfaces.iter().filter(|known| !throttle::tap(known).is_empty()) {
             if let Err(error) = netlink::set_limits(&interface.host_dev_name, &[]) {
-                tracing::warn!("leaving rate limits behind: {}", log::chain(&error));
+                tracing::warn!("leaving rate limits behind: {}", crate::log::chain(&error));
             }
         }
     }
@@ -357,7 +357,7 @@ impl Vm {
             let limits = throttle::tap(interface);
             // A predecessor that was killed left its limits on the tap.
             match netlink::set_limits(&interface.host_dev_name, &limits) {
-                Err(error) if limits.is_empty() => tracing::debug!("no limits to clear: {}", log::chain(&error)),
+                Err(error) if limits.is_empty() => tracing::debug!("no limits to clear: {}", crate::log::chain(&error)),
                 outcome => outcome?,
             }
         }
