@@ -16,7 +16,7 @@ use crate::qemu::argv::{self, Origin, Userfault};
 use crate::qemu::{self, Qemu};
 use crate::snapshot::{self, Header, State};
 use crate::tracker::{self, Tracker};
-use crate::{log, netlink, throttle, tsc, uffd};
+use crate::{netlink, throttle, tsc, uffd};
 
 /// How long a Full snapshot of a lazily restored guest waits for its page-fault handler.
 const SAVE: Duration = Duration::from_secs(120);
