@@ -77,7 +77,7 @@ async fn a_timeout_ends_the_whole_group_in_time() {
     let body = json!({"cmd": "/bin/sh", "args": ["-c", "sleep 1234 & sleep 1234"], "timeout_sec": 2});
     let (status, answer) = up.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
     assert_eq!((status.as_u16(), answer["error"]["code"].as_str()), (504, Some("timeout")), "{answer}");
-    assert_eq!(up.sh(&id, "pgrep -f 'sleep 1234'").await["exit_code"], 1);
+    assert_eq!(up.sh(&id, "pgrep -x sleep").await["exit_code"], 1);
 }
 
 #[tokio::test]

@@ -70,7 +70,7 @@ impl Up {
         let address = listener.local_addr()?;
         let database_url = match self.database_url {
             Some(url) => url,
-            None => format!("sqlite://{}?mode=rwc", dir.join("wrenn.db").display()),
+            None => ::control::sqlite_url(&dir.join("wrenn.db")),
         };
         let domain = format!("localhost:{}", address.port());
         let control = Control::open(::control::Config {

@@ -14,7 +14,6 @@ use tokio_util::sync::CancellationToken;
 
 pub struct Host {
     pub agent: Agent,
-    pub config: Config,
     dir: TempDir,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
     shutdown: CancellationToken,
@@ -53,11 +52,11 @@ impl Host {
         let dir = TempDir::with_prefix("wrenn-agent-").unwrap();
         let mut config = config(dir.path());
         change(&mut config);
-        let agent = Agent::open(config.clone()).await.unwrap();
+        let agent = Agent::open(config).await.unwrap();
         let shutdown = CancellationToken::new();
         let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
         let serving = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        Self { agent, config, server: tokio::spawn(serving.into_future()), dir, shutdown }
+        Self { agent, server: tokio::spawn(serving.into_future()), dir, shutdown }
     }
 
     pub fn endpoint(&self) -> Endpoint {
