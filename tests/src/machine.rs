@@ -68,7 +68,9 @@ impl Machine {
             ("slot claim", &self.claims, &before.claims),
             ("cgroup", &self.cgroups, &before.cgroups),
         ];
-        let more = kinds.into_iter().flat_map(|(kind, now, before)| now.difference(before).map(move |name| format!("{kind} {name}")));
+        let more = kinds
+            .into_iter()
+            .flat_map(|(kind, now, before)| now.difference(before).map(move |name| format!("{kind} {name}")));
         more.collect()
     }
 }

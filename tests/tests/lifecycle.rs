@@ -58,7 +58,10 @@ async fn several_on_one_machine_do_not_collide() {
     let before = Machine::now();
     let (mut one, mut two) = (Up::start(), Up::start());
     let (first, second) = tokio::join!(one.create(), two.create());
-    let (a, b) = tokio::join!(one.output(&first, "cat /proc/sys/kernel/random/boot_id"), two.output(&second, "cat /proc/sys/kernel/random/boot_id"));
+    let (a, b) = tokio::join!(
+        one.output(&first, "cat /proc/sys/kernel/random/boot_id"),
+        two.output(&second, "cat /proc/sys/kernel/random/boot_id")
+    );
     assert_ne!(a, b);
     assert!(one.stop());
     // What the first gave back, the second still has.
@@ -72,7 +75,8 @@ async fn a_guest_that_dies_is_reported_with_a_reason() {
     let up = Up::start();
     let id = up.create().await;
     // The guest's init cannot be killed; rebooting it ends the VMM.
-    let body = serde_json::json!({"cmd": "/bin/sh", "args": ["-c", "echo b > /proc/sysrq-trigger"], "background": true});
+    let body =
+        serde_json::json!({"cmd": "/bin/sh", "args": ["-c", "echo b > /proc/sysrq-trigger"], "background": true});
     up.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
     let status = loop {
         let (_, capsule) = up.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;

@@ -38,7 +38,9 @@ async fn an_agent_killed_in_the_middle_of_a_create_leaves_nothing() {
     for millis in [0, 3, 6, 10, 15, 20, 30, 45, 70, 110, 200, 400, 700, 1000, 1300] {
         let create = {
             let (url, key) = (format!("{}/v1/capsules", up.url()), up.api_key().to_owned());
-            tokio::spawn(async move { reqwest::Client::new().post(url).header("X-API-Key", key).json(&json!({})).send().await })
+            tokio::spawn(async move {
+                reqwest::Client::new().post(url).header("X-API-Key", key).json(&json!({})).send().await
+            })
         };
         tokio::time::sleep(Duration::from_millis(millis)).await;
         up.kill();

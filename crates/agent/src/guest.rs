@@ -153,9 +153,7 @@ mod tests {
 
     #[test]
     fn a_guest_path_is_cut_without_being_decoded() {
-        let cut = |uri: &'static str| {
-            split(&Uri::from_static(uri)).map(|(id, path)| (id, path.as_str().to_owned()))
-        };
+        let cut = |uri: &'static str| split(&Uri::from_static(uri)).map(|(id, path)| (id, path.as_str().to_owned()));
         assert_eq!(cut("/guest/cl-1/a%2Fb//c/?x=%20"), Some(("cl-1".into(), "/a%2Fb//c/?x=%20".into())));
         assert_eq!(cut("/guest/cl-1"), Some(("cl-1".into(), "/".into())));
         assert_eq!(cut("/guest/cl-1?x=1"), Some(("cl-1".into(), "/?x=1".into())));

@@ -6,6 +6,7 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 
 use agent_api::{CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, ListCapsulesRequest};
 use api::CapsuleId;
@@ -17,7 +18,8 @@ use testkit::agent_conformance::{self, Subject};
 async fn a_capsule_runs_and_goes() {
     let host = Host::open(|_| {}).await;
     let id = CapsuleId::random();
-    let created = host.lifecycle().create_capsule(CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() }).await;
+    let created =
+        host.lifecycle().create_capsule(CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() }).await;
     let capsule = created.unwrap().into_owned().capsule.into_option().unwrap();
     assert_eq!(capsule.state, CapsuleState::Running);
     assert!(!capsule.versions["envd_version"].is_empty() && !capsule.versions["vmm_version"].is_empty());
@@ -43,24 +45,22 @@ async fn fails(host: Host, why: &str) {
     host.close().await;
 }
 
-/// A file that is executed as the VMM.
-fn program(host: &mut agent::Config, text: &str) {
-    let path = host.dir.join("vmm.sh");
+/// Makes a script the VMM.
+fn program(config: &mut agent::Config, text: &str, mode: u32) {
+    let path = config.dir.join("vmm.sh");
     std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    host.vmm = path;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    config.vmm = path;
 }
 
 #[tokio::test]
 async fn a_network_that_cannot_be_made() {
     let host = Host::open(|_| {}).await;
     let slot = (1..).find(|slot| std::fs::symlink_metadata(format!("/run/wrenn/slots/{slot}")).is_err()).unwrap();
-    // Somebody else's namespace of that name is in the way.
-    let name = format!("wrenn-ns-{slot}");
-    std::fs::create_dir_all("/run/netns").unwrap();
-    std::fs::create_dir(format!("/run/netns/{name}")).unwrap();
+    // A link of that name, as a crash of somebody else may have left it.
+    let name = format!("wrenn-veth{slot}");
+    assert!(Command::new("ip").args(["link", "add", &name, "type", "veth", "peer", "name", "wrenn-other"]).status().unwrap().success());
     fails(host, "network").await;
-    let _ = std::fs::remove_dir(format!("/run/netns/{name}"));
 }
 
 #[tokio::test]
@@ -71,18 +71,19 @@ async fn an_image_that_is_gone() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_is_no_program() {
-    fails(Host::open(|config| program(config, "neither script nor binary")).await, "starting the VMM").await;
+async fn a_vmm_that_cannot_be_executed() {
+    fails(Host::open(|config| program(config, "#!/bin/sh\n", 0o644)).await, "starting the VMM").await;
 }
 
 #[tokio::test]
 async fn a_vmm_that_ends_at_once() {
-    fails(Host::open(|config| program(config, "#!/bin/sh\nexit 7\n")).await, "ended with code 7").await;
+    fails(Host::open(|config| program(config, "#!/bin/sh\nexit 7\n", 0o755)).await, "ended with code 7").await;
 }
 
 #[tokio::test]
 async fn a_vmm_that_never_listens() {
-    fails(Host::open(|config| program(config, "#!/bin/sh\nexec sleep 1000\n")).await, "configuring the VMM").await;
+    fails(Host::open(|config| program(config, "#!/bin/sh\nexec sleep 1000\n", 0o755)).await, "configuring the VMM")
+        .await;
 }
 
 #[tokio::test]

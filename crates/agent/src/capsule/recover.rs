@@ -9,11 +9,11 @@ use api::CapsuleId;
 use tracing::{error, info};
 use vmm::process::Process;
 
+use super::Handle;
 use super::driver::spawn_adopted;
 use super::record::{Journal, Phase};
 use super::release::release;
 use super::start::Running;
-use super::Handle;
 use crate::guest::Guest;
 use crate::host::Host;
 
