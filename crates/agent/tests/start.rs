@@ -35,7 +35,7 @@ async fn a_capsule_runs_and_goes() {
 async fn fails(host: Host, why: &str) {
     let id = CapsuleId::random();
     let request = CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() };
-    let error = host.lifecycle().create_capsule(request).await.err().expect("it cannot start");
+    let error = host.lifecycle().create_capsule(request).await.map(drop).expect_err("it cannot start");
     assert_eq!(error.code, ErrorCode::Internal, "{error:?}");
     let reason = error.message.unwrap_or_default();
     assert!(reason.contains(why), "{reason}");
@@ -59,7 +59,13 @@ async fn a_network_that_cannot_be_made() {
     let slot = (1..).find(|slot| std::fs::symlink_metadata(format!("/run/wrenn/slots/{slot}")).is_err()).unwrap();
     // A link of that name, as a crash of somebody else may have left it.
     let name = format!("wrenn-veth{slot}");
-    assert!(Command::new("ip").args(["link", "add", &name, "type", "veth", "peer", "name", "wrenn-other"]).status().unwrap().success());
+    assert!(
+        Command::new("ip")
+            .args(["link", "add", &name, "type", "veth", "peer", "name", "wrenn-other"])
+            .status()
+            .unwrap()
+            .success()
+    );
     fails(host, "network").await;
 }
 
