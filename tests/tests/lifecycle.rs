@@ -25,6 +25,17 @@ async fn python_runs_in_a_microvm_and_nothing_is_left() {
 }
 
 #[tokio::test]
+async fn a_guest_learns_its_id_from_the_metadata_service() {
+    let up = Up::start();
+    let id = up.create().await;
+    let ask = "url=http://169.254.169.254
+        token=$(curl -sf -X PUT -H 'X-metadata-token-ttl-seconds: 60' $url/latest/api/token)
+        curl -sf -H \"X-metadata-token: $token\" -H 'Accept: application/json' $url/";
+    let metadata: serde_json::Value = serde_json::from_str(&up.output(&id, ask).await).unwrap();
+    assert_eq!(metadata["instanceID"].as_str(), Some(id.as_str()));
+}
+
+#[tokio::test]
 async fn both_names_of_the_default_template_work() {
     let up = Up::start();
     for template in ["minimal", "minimal-ubuntu"] {
