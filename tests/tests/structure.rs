@@ -27,7 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("wrenn", &["agent", "agent-api", "api", "control", "vmm"]),
     ("testkit", &["agent-api", "api", "guest-api"]),
     ("end-to-end", &["agent-api", "api", "testkit"]),
-    ("benches", &["agent-api", "api", "testkit", "vmm", "network", "disk"]),
+    ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk"]),
 ];
 
 /// Foreign crates that a pure crate may not use: each would bring IO or a clock.

@@ -1,0 +1,135 @@
+//! From what was measured to what is printed.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::Steps;
+
+/// The step at which both sides are compared.
+const COMPARED: &str = "guest answered";
+/// What a start may cost beyond the bare VMM's: this part of it, or this long, whichever is more.
+const TARGET_RATIO: f64 = 0.10;
+const TARGET_MS: f64 = 10.0;
+
+/// The counted rounds.
+#[derive(Default)]
+pub struct Figures {
+    pub ours: Vec<Steps>,
+    pub bare: Vec<Duration>,
+}
+
+/// Milliseconds.
+struct Summary {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Figures {
+    /// Whether the medians differ by no more than the target allows.
+    pub fn meets_target(&self) -> bool {
+        let (ours, bare) = (self.ours_at(COMPARED), self.bare());
+        ours.median - bare.median <= (bare.median * TARGET_RATIO).max(TARGET_MS)
+    }
+
+    /// Tables that can be pasted into `docs/benchmarks.md`.
+    pub fn markdown(&self, vmm: &Path) -> String {
+        let (ours, bare) = (self.ours_at(COMPARED), self.bare());
+        let (total, rounds) = (self.ours_at("create answered"), self.bare.len());
+        let mut text = format!("`start`, {rounds} rounds, {}, ms:\n\n", name(vmm));
+        text.push_str("| | median | min | max |\n|---|---|---|---|\n");
+        for (what, figures) in [
+            ("bare VMM: exec to envd's first answer", &bare),
+            ("ours: request to envd's first answer", &ours),
+            ("ours: request to the RPC's answer", &total),
+        ] {
+            let Summary { median, min, max } = figures;
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "| {what} | {median:.0} | {min:.0} | {max:.0} |");
+        }
+        let _ = write!(
+            text,
+            "\nOurs over bare, to envd's first answer: {:+.0} ms, ratio {:.3} (of the minima {:+.0} ms, {:.3}). \
+             Target: at most 10 % or 10 ms over, whichever is larger: {}.\n\n",
+            ours.median - bare.median,
+            ours.median / bare.median,
+            ours.min - bare.min,
+            ours.min / bare.min,
+            if self.meets_target() { "met" } else { "MISSED" },
+        );
+        text.push_str("| step of ours | median of its own time |\n|---|---|\n");
+        for (step, ms) in self.steps() {
+            let _ = writeln!(text, "| {step} | {ms:.1} |");
+        }
+        text
+    }
+
+    /// The same for programs; times in milliseconds.
+    pub fn json(&self, vmm: &Path) -> Value {
+        let (ours, bare, total) = (self.ours_at(COMPARED), self.bare(), self.ours_at("create answered"));
+        let object = |figures: &Summary| json!({"median": figures.median, "min": figures.min, "max": figures.max});
+        json!({
+            "benchmark": "start",
+            "vmm": name(vmm),
+            "rounds": self.bare.len(),
+            "bare_ms": object(&bare),
+            "ours_ms": object(&ours),
+            "ours_rpc_ms": object(&total),
+            "ratio": ours.median / bare.median,
+            "over_ms": ours.median - bare.median,
+            "meets_target": self.meets_target(),
+            "steps_ms": self.steps().into_iter().map(|(step, ms)| json!({"step": step, "median": ms})).collect::<Value>(),
+        })
+    }
+
+    fn bare(&self) -> Summary {
+        summary(self.bare.iter().copied())
+    }
+
+    fn ours_at(&self, step: &str) -> Summary {
+        summary(self.ours.iter().filter_map(|steps| at(steps, step)))
+    }
+
+    /// Each step's own time: from the step before it. Network and disk are made at once, after the slot.
+    fn steps(&self) -> Vec<(String, f64)> {
+        let Some(first) = self.ours.first() else { return Vec::new() };
+        let own = |steps: &Steps, step: &str| {
+            let index = steps.iter().position(|(name, _)| name == step)?;
+            let before = match step {
+                "network made" | "disk made" => at(steps, "slot claimed"),
+                "VMM executed" => at(steps, "network made").max(at(steps, "disk made")),
+                _ => index.checked_sub(1).map(|before| steps[before].1),
+            };
+            Some(steps[index].1 - before.unwrap_or_default())
+        };
+        first
+            .iter()
+            .map(|(step, _)| (step.clone(), summary(self.ours.iter().filter_map(|steps| own(steps, step))).median))
+            .collect()
+    }
+}
+
+fn at(steps: &Steps, step: &str) -> Option<Duration> {
+    steps.iter().find(|(name, _)| name == step).map(|(_, at)| *at)
+}
+
+fn summary(times: impl Iterator<Item = Duration>) -> Summary {
+    let mut ms: Vec<f64> = times.map(|time| time.as_secs_f64() * 1e3).collect();
+    ms.sort_by(f64::total_cmp);
+    let middle = ms.len() / 2;
+    let median = match ms.len() {
+        0 => f64::NAN,
+        odd if odd % 2 == 1 => ms[middle],
+        _ => (ms[middle - 1] + ms[middle]) / 2.0,
+    };
+    Summary { median, min: ms.first().copied().unwrap_or(f64::NAN), max: ms.last().copied().unwrap_or(f64::NAN) }
+}
+
+fn name(vmm: &Path) -> String {
+    let name = vmm.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let needs = if name == "firecracker" { "KVM" } else { "no KVM: guests under QEMU's emulation" };
+    format!("`{name}` ({needs})")
+}
