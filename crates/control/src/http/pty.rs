@@ -79,10 +79,7 @@ pub async fn pty(
 ) -> Result<Response, Error> {
     let upgrade = upgrade
         .map_err(|error| Error::new(ErrorCode::InvalidRequest, format!("a terminal is a WebSocket: {error}")))?;
-    Ok(upgrade
-        .max_message_size(MESSAGE)
-        .max_frame_size(MESSAGE)
-        .on_upgrade(|socket| session(app, capsule, socket)))
+    Ok(upgrade.max_message_size(MESSAGE).max_frame_size(MESSAGE).on_upgrade(|socket| session(app, capsule, socket)))
 }
 
 /// One client's time at a terminal.
@@ -106,11 +103,7 @@ async fn session(app: App, capsule: db::capsule::Capsule, socket: WebSocket) {
 }
 
 /// The terminal that the first message asks for; `None` when the client leaves instead.
-async fn open(
-    app: &App,
-    capsule: db::capsule::Capsule,
-    from: &mut From,
-) -> Result<Option<(Terminal, Screen)>, Error> {
+async fn open(app: &App, capsule: db::capsule::Capsule, from: &mut From) -> Result<Option<(Terminal, Screen)>, Error> {
     let invalid = |message: String| Error::new(ErrorCode::InvalidRequest, message);
     let first = async {
         loop {
@@ -174,7 +167,8 @@ async fn obey(terminal: &Terminal, typed: &mpsc::Sender<Bytes>, text: &str) -> R
     let request = serde_json::from_str(text).map_err(|error| invalid(format!("not understood: {error}")))?;
     match request {
         Request::Input { data } => {
-            let bytes = BASE64_STANDARD.decode(data).map_err(|error| invalid(format!("data is not base64: {error}")))?;
+            let bytes =
+                BASE64_STANDARD.decode(data).map_err(|error| invalid(format!("data is not base64: {error}")))?;
             enqueue(typed, bytes.into()).await;
         }
         // What is typed later finds the new size: it is not even read before.
