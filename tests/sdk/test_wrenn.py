@@ -97,3 +97,54 @@ def test_async_client():
             return [result.stdout for result in results]
 
     assert asyncio.run(run()) == [f"{n}\n" for n in range(5)]
+
+
+def shown_until_exit(term):
+    shown = b""
+    for event in term:
+        if event.type == "output":
+            shown += event.data
+        elif event.type == "exit":
+            return shown, event.exit_code
+        else:
+            assert event.type in ("started", "ping"), event
+    raise AssertionError(f"no exit after {shown}")
+
+
+def test_terminal(capsule):
+    with capsule.pty(cols=100, rows=30, envs={"GREETING": "hello"}, cwd="/usr/lib") as term:
+        term.write(b"stty size; echo $GREETING; pwd; exit 7\n")
+        shown, exit_code = shown_until_exit(term)
+        assert exit_code == 7 and term.pid > 1 and term.tag.startswith("pty-")
+        for line in (b"30 100\r\n", b"hello\r\n", b"/usr/lib\r\n"):
+            assert line in shown
+
+
+def test_terminal_is_found_again(capsule):
+    with capsule.pty(cmd="/bin/sh") as term:
+        assert next(iter(term)).type == "started"
+        term.write(b"MARK=still-here\n")
+        tag, pid = term.tag, term.pid
+    with capsule.pty_connect(tag) as term:
+        assert next(iter(term)).type == "started" and term.pid == pid
+        term.resize(132, 43)
+        term.write(b"stty size; echo $MARK; exit 0\n")
+        shown, exit_code = shown_until_exit(term)
+        assert exit_code == 0 and b"43 132\r\n" in shown and b"still-here\r\n" in shown
+
+
+def test_terminal_is_killed(capsule):
+    with capsule.pty(cmd="/bin/sleep", args=["60"]) as term:
+        assert next(iter(term)).type == "started"
+        term.kill()
+        assert shown_until_exit(term)[1] == -1
+
+
+def test_async_terminal():
+    async def run():
+        async with await AsyncCapsule.create() as capsule:
+            async with capsule.pty() as term:
+                await term.write(b"exit 9\n")
+                return [event.exit_code async for event in term if event.type == "exit"]
+
+    assert asyncio.run(run()) == [9]

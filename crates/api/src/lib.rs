@@ -8,6 +8,7 @@ pub mod exec;
 pub mod id;
 pub mod limits;
 pub mod name;
+pub mod pty;
 pub mod template;
 
 pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, Status};

@@ -6,6 +6,7 @@ mod capsules;
 mod error;
 mod exec;
 mod meta;
+mod pty;
 mod templates;
 
 use std::any::Any;
@@ -38,6 +39,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::get, capsules::destroy))
         .routes(routes!(capsules::ping))
         .routes(routes!(exec::exec))
+        .routes(routes!(pty::pty))
         .routes(routes!(templates::list))
 }
 

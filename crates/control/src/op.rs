@@ -3,6 +3,7 @@
 pub mod create;
 pub mod destroy;
 pub mod exec;
+pub mod pty;
 pub mod record;
 pub mod touch;
 pub mod usable;
@@ -50,6 +51,8 @@ pub enum Error {
     Invalid(#[from] api::Invalid),
     #[error("there is no template `{0}`")]
     NoTemplate(SafeName),
+    #[error("there is no process with the tag `{0}`")]
+    NoProcess(String),
     #[error("the capsule is {}", word(*.0))]
     State(Status),
     /// The row says it runs; its host does not have it. The reconciler will find out.

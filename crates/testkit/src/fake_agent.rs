@@ -2,6 +2,7 @@
 
 mod processes;
 mod service;
+mod terminal;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

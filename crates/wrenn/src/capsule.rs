@@ -4,6 +4,7 @@ mod create;
 mod exec;
 mod list;
 mod rm;
+mod shell;
 
 use std::process::ExitCode;
 
@@ -30,19 +31,21 @@ enum Verb {
     Create(create::Create),
     List(list::List),
     Exec(exec::Exec),
+    Shell(shell::Shell),
     Rm(rm::Rm),
 }
 
 impl CapsuleCommand {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         let client = match self.server.client() {
-            Err(error) if matches!(self.verb, Verb::Exec(_)) => return Ok(exec::not_run(&error)),
+            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_)) => return Ok(exec::not_run(&error)),
             client => client?,
         };
         match self.verb {
             Verb::Create(create) => create.run(&client, self.json).await,
             Verb::List(list) => list.run(&client, self.json).await,
             Verb::Exec(exec) => exec.run(&client, self.json).await,
+            Verb::Shell(shell) => Ok(shell.run(&client).await),
             Verb::Rm(rm) => rm.run(&client, self.json).await,
         }
     }
@@ -105,6 +108,8 @@ mod tests {
         ]));
         assert!(!parses(&["create", "--vcpus", "two"]));
         assert!(parses(&["ls", "-q"]) && parses(&["list", "--json", "--url", "http://h", "--api-key", "k"]));
+        assert!(parses(&["shell", ID]) && parses(&["shell", "--cmd", "top -b", ID]));
+        assert!(!parses(&["shell"]) && !parses(&["shell", ID, "top"]));
         assert!(parses(&["rm", ID, ID]));
         assert!(!parses(&["rm"]));
         // 2^128, which is no id.

@@ -5,8 +5,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use api::{Capsule, CapsuleId, CreateCapsule, ErrorBody, ErrorCode, Exec, ExecResult, ExecStarted};
 use clap::Args;
-use reqwest::{Method, RequestBuilder, Response};
+use reqwest::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded};
 use serde::de::DeserializeOwned;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::current::{self, Current};
 
@@ -113,6 +118,28 @@ impl Client {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/exec")).json(exec).timeout(CALL_LIMIT)).await
     }
 
+    /// Opens a WebSocket to a terminal. It goes through the same HTTP client as all else, so that it trusts the same
+    /// certificates, takes the same proxies, and is refused in the same words.
+    pub async fn pty(&self, id: CapsuleId) -> Result<WebSocketStream<Upgraded>> {
+        let key = generate_key();
+        let request = self
+            .request(Method::GET, &format!("/v1/capsules/{id}/pty"))
+            .header(CONNECTION, "Upgrade")
+            .header(UPGRADE, "websocket")
+            .header(SEC_WEBSOCKET_VERSION, "13")
+            .header(SEC_WEBSOCKET_KEY, &key);
+        let answer = tokio::time::timeout(CALL_LIMIT, self.send(request))
+            .await
+            .with_context(|| format!("{} does not answer", self.url))??;
+        let accepted = answer.headers().get(SEC_WEBSOCKET_ACCEPT);
+        let accepted = accepted.is_some_and(|accepted| accepted == derive_accept_key(key.as_bytes()).as_str());
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS || !accepted {
+            bail!("{} does not answer as a Wrenn server does: no WebSocket", self.url);
+        }
+        let socket = answer.upgrade().await.with_context(|| format!("cannot reach {}", self.url))?;
+        Ok(WebSocketStream::from_raw_socket(socket, Role::Client, None).await)
+    }
+
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url)).header("X-API-Key", &self.api_key)
     }
@@ -126,7 +153,7 @@ impl Client {
         let answer =
             request.send().await.with_context(|| format!("cannot reach {}; does `wrenn up` run?", self.url))?;
         let status = answer.status();
-        if status.is_success() {
+        if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(answer);
         }
         let body = answer.bytes().await.unwrap_or_default();

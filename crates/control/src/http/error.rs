@@ -15,6 +15,11 @@ impl Error {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self(ErrorBody { error: ErrorDetail { code, message: message.into() } })
     }
+
+    /// The code and the message, for where there is no status to go with them.
+    pub fn into_detail(self) -> ErrorDetail {
+        self.0.error
+    }
 }
 
 fn status(code: ErrorCode) -> StatusCode {
@@ -66,7 +71,7 @@ impl From<op::Error> for Error {
             }
             op::Error::GuestAnswer(_) => Self::new(ErrorCode::AgentError, message),
             op::Error::Invalid(_) | op::Error::Refused(_) => Self::new(ErrorCode::InvalidRequest, message),
-            op::Error::NoTemplate(_) => Self::new(ErrorCode::NotFound, message),
+            op::Error::NoTemplate(_) | op::Error::NoProcess(_) => Self::new(ErrorCode::NotFound, message),
             op::Error::State(_) | op::Error::Gone => Self::new(ErrorCode::InvalidState, message),
             op::Error::Timeout(_) => Self::new(ErrorCode::Timeout, message),
             op::Error::TooMuchOutput => Self::new(ErrorCode::TooLarge, message),

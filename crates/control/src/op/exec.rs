@@ -21,7 +21,7 @@ use crate::db::capsule::Capsule;
 type Stream = ServerStream<<Transport as ClientTransport>::ResponseBody, StartResponseView<'static>>;
 
 /// How long a process may take to begin.
-const BEGIN: Duration = Duration::from_secs(25);
+pub(super) const BEGIN: Duration = Duration::from_secs(25);
 /// The guest ends a command at its deadline and says so; this is how much later we stop believing in that. Clients wait 10 s
 /// beyond the deadline.
 const OVERTIME: Duration = Duration::from_secs(5);
@@ -90,14 +90,7 @@ async fn foreground(
 }
 
 async fn background(processes: &GuestProcesses, id: CapsuleId, spec: ExecSpec) -> Result<ExecStarted, Error> {
-    let tag = match &spec.tag {
-        Some(tag) => tag.clone(),
-        None => {
-            let mut bytes = [0; 4];
-            getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
-            format!("proc-{}", hex::encode(bytes))
-        }
-    };
+    let tag = spec.tag.clone().unwrap_or_else(|| random_tag("proc"));
     let begin = async {
         let mut stream = start(processes, &spec, Some(tag.clone()), CallOptions::default()).await?;
         began(&mut stream, &spec).await
@@ -107,25 +100,36 @@ async fn background(processes: &GuestProcesses, id: CapsuleId, spec: ExecSpec) -
     Ok(ExecStarted { sandbox_id: id, cmd: spec.cmd, pid, tag })
 }
 
+/// A name for a process whose client brought none.
+pub(super) fn random_tag(kind: &str) -> String {
+    let mut bytes = [0; 4];
+    getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+    format!("{kind}-{}", hex::encode(bytes))
+}
+
+/// The command as the guest takes it.
+pub(super) fn process(spec: &ExecSpec) -> ProcessConfig {
+    ProcessConfig {
+        cmd: spec.cmd.clone(),
+        args: spec.args.clone(),
+        envs: spec.envs.clone().into_iter().collect(),
+        cwd: spec.cwd.clone(),
+        ..Default::default()
+    }
+}
+
 async fn start(
     processes: &GuestProcesses,
     spec: &ExecSpec,
     tag: Option<String>,
     options: CallOptions,
 ) -> Result<Stream, Error> {
-    let process = ProcessConfig {
-        cmd: spec.cmd.clone(),
-        args: spec.args.clone(),
-        envs: spec.envs.clone().into_iter().collect(),
-        cwd: spec.cwd.clone(),
-        ..Default::default()
-    };
-    let request = StartRequest { process: process.into(), tag, stdin: Some(false), ..Default::default() };
+    let request = StartRequest { process: process(spec).into(), tag, stdin: Some(false), ..Default::default() };
     processes.start_with_options(request, options).await.map_err(unreached)
 }
 
 /// Why the guest was not even asked: what its host answers in its place, or the way there.
-fn unreached(error: ConnectError) -> Error {
+pub(super) fn unreached(error: ConnectError) -> Error {
     match error.code {
         ErrorCode::NotFound | ErrorCode::Unimplemented => Error::Gone,
         // Only an error of the way to the host has a source; others came back from it.
@@ -135,7 +139,7 @@ fn unreached(error: ConnectError) -> Error {
 }
 
 /// Why a process did not start. What the guest objects to is the client's to mend.
-fn refusal(error: ConnectError, spec: &ExecSpec) -> Error {
+pub(super) fn refusal(error: ConnectError, spec: &ExecSpec) -> Error {
     match error.code {
         ErrorCode::InvalidArgument
         | ErrorCode::NotFound

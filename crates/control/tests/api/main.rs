@@ -4,6 +4,7 @@
 
 mod capsules;
 mod exec;
+mod pty;
 mod reconcile;
 mod refusals;
 mod world;

@@ -12,6 +12,8 @@
 //! | `hang` | nothing, until its deadline or a signal |
 //! | `vanish` | begins, then the connection breaks |
 //!
+//! A process that is started with a terminal is one of [`super::terminal`] instead.
+//!
 //! The working directory `/missing` does not exist, and no other command does.
 
 use std::collections::HashMap;
@@ -21,13 +23,17 @@ use connectrpc::{
     ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
 use futures::channel::mpsc;
-use futures::{SinkExt, StreamExt};
+use futures::{SinkExt, Stream, StreamExt};
 use guest_api::process::__buffa::oneof::process_event::Event;
 use guest_api::process::__buffa::oneof::process_event::data_event::Output;
+use guest_api::process::__buffa::oneof::process_input::Input;
 use guest_api::process::__buffa::oneof::process_selector::Selector;
 use guest_api::process::process_event::{DataEvent, EndEvent, StartEvent};
 use guest_api::process::*;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
+
+use super::terminal::{Shown, Terminal};
 
 /// Bytes of one piece of output, as envd sends it.
 const CHUNK: usize = 32 * 1024;
@@ -39,6 +45,7 @@ pub struct Running {
     pub tag: Option<String>,
     pub has_deadline: bool,
     killed: watch::Sender<bool>,
+    terminal: Option<Terminal>,
 }
 
 #[derive(Clone, Default)]
@@ -53,6 +60,41 @@ struct Table {
 impl Processes {
     pub(super) fn running(&self) -> HashMap<u32, Running> {
         self.table().running.clone()
+    }
+
+    /// The process that is meant, and its pid.
+    fn find(&self, selector: Option<ProcessSelector>) -> Result<(u32, Running), ConnectError> {
+        let found = match selector.and_then(|process| process.selector) {
+            Some(Selector::Pid(pid)) => self.running().remove_entry(&pid),
+            Some(Selector::Tag(tag)) => {
+                self.running().into_iter().find(|(_, process)| process.tag == Some(tag.clone()))
+            }
+            None => None,
+        };
+        found.ok_or_else(|| ConnectError::not_found("no such process"))
+    }
+
+    fn terminal(&self, selector: Option<ProcessSelector>) -> Result<(u32, Terminal), ConnectError> {
+        let (pid, process) = self.find(selector)?;
+        let none = || ConnectError::failed_precondition("the process has no terminal");
+        Ok((pid, process.terminal.ok_or_else(none)?))
+    }
+
+    /// Enters a process into the table.
+    fn enter(
+        &self,
+        cmd: &str,
+        tag: Option<String>,
+        has_deadline: bool,
+        terminal: Option<Terminal>,
+    ) -> (u32, watch::Receiver<bool>) {
+        let killed = watch::Sender::new(false);
+        let receiver = killed.subscribe();
+        let mut table = self.table();
+        table.started += 1;
+        let pid = 1000 + table.started;
+        table.running.insert(pid, Running { cmd: cmd.to_owned(), tag, has_deadline, killed, terminal });
+        (pid, receiver)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -169,20 +211,23 @@ impl Process for Processes {
         if process.cwd.as_deref() == Some("/missing") {
             return Err(ConnectError::invalid_argument("cwd '/missing' does not exist"));
         }
+        let has_deadline = ctx.deadline().is_some();
+        if let Some(pty) = request.pty.into_option() {
+            let size = pty.size.into_option().unwrap_or_default();
+            let (terminal, program) = Terminal::open(size.cols, size.rows);
+            let (pid, killed) = self.enter(&process.cmd, request.tag, has_deadline, Some(terminal.clone()));
+            let events = terminal.watch(pid);
+            let processes = self.clone();
+            tokio::spawn(async move {
+                program.run(&process.cmd, killed).await;
+                processes.table().running.remove(&pid);
+            });
+            let wrap = |event: ProcessEvent| StartResponse { event: event.into(), ..Default::default() };
+            return Ok(Response::new(stream(events).map(move |event| event.map(wrap)).boxed()));
+        }
         let (to, events) = mpsc::channel(16);
         let mut to = Events(to);
-        let killed = watch::Sender::new(false);
-        let receiver = killed.subscribe();
-        let pid = {
-            let mut table = self.table();
-            table.started += 1;
-            let pid = 1000 + table.started;
-            table.running.insert(
-                pid,
-                Running { cmd: process.cmd.clone(), tag: request.tag, has_deadline: ctx.deadline().is_some(), killed },
-            );
-            pid
-        };
+        let (pid, receiver) = self.enter(&process.cmd, request.tag, has_deadline, None);
         to.send(StartEvent { pid, ..Default::default() }).await;
         let processes = self.clone();
         tokio::spawn(async move {
@@ -211,14 +256,7 @@ impl Process for Processes {
         _: RequestContext,
         request: ServiceRequest<'_, SendSignalRequest>,
     ) -> ServiceResult<impl Encodable<SendSignalResponse> + Send + use<'a>> {
-        let selector = request.to_owned_message().process.into_option().and_then(|process| process.selector);
-        let running = self.running();
-        let found = match &selector {
-            Some(Selector::Pid(pid)) => running.get(pid),
-            Some(Selector::Tag(tag)) => running.values().find(|process| process.tag.as_ref() == Some(tag)),
-            None => None,
-        };
-        let process = found.ok_or_else(|| ConnectError::not_found("no such process"))?;
+        let (_, process) = self.find(request.to_owned_message().process.into_option())?;
         process.killed.send_replace(true);
         Response::ok(SendSignalResponse::default())
     }
@@ -226,17 +264,23 @@ impl Process for Processes {
     async fn connect(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, ConnectRequest>,
+        request: ServiceRequest<'_, ConnectRequest>,
     ) -> ServiceResult<ServiceStream<impl Encodable<ConnectResponse> + Send + use<>>> {
-        Err::<Response<ServiceStream<ConnectResponse>>, _>(not_imagined("Connect"))
+        let (pid, terminal) = self.terminal(request.to_owned_message().process.into_option())?;
+        let wrap = |event: ProcessEvent| ConnectResponse { event: event.into(), ..Default::default() };
+        Ok(Response::new(stream(terminal.watch(pid)).map(move |event| event.map(wrap)).boxed()))
     }
 
     async fn update<'a>(
         &'a self,
         _: RequestContext,
-        _: ServiceRequest<'_, UpdateRequest>,
+        request: ServiceRequest<'_, UpdateRequest>,
     ) -> ServiceResult<impl Encodable<UpdateResponse> + Send + use<'a>> {
-        Err::<Response<UpdateResponse>, _>(not_imagined("Update"))
+        let request = request.to_owned_message();
+        let (_, terminal) = self.terminal(request.process.into_option())?;
+        let size = request.pty.into_option().and_then(|pty| pty.size.into_option()).unwrap_or_default();
+        terminal.size.send_replace((size.cols, size.rows));
+        Response::ok(UpdateResponse::default())
     }
 
     async fn stream_input<'a>(
@@ -250,9 +294,17 @@ impl Process for Processes {
     async fn send_input<'a>(
         &'a self,
         _: RequestContext,
-        _: ServiceRequest<'_, SendInputRequest>,
+        request: ServiceRequest<'_, SendInputRequest>,
     ) -> ServiceResult<impl Encodable<SendInputResponse> + Send + use<'a>> {
-        Err::<Response<SendInputResponse>, _>(not_imagined("SendInput"))
+        let request = request.to_owned_message();
+        let (_, terminal) = self.terminal(request.process.into_option())?;
+        let Some(Input::Pty(bytes)) = request.input.into_option().and_then(|input| input.input) else {
+            return Err(ConnectError::invalid_argument("input must be pty"));
+        };
+        if !terminal.write(bytes).await {
+            return Err(ConnectError::not_found("the process has ended"));
+        }
+        Response::ok(SendInputResponse::default())
     }
 
     async fn close_stdin<'a>(
@@ -262,6 +314,10 @@ impl Process for Processes {
     ) -> ServiceResult<impl Encodable<CloseStdinResponse> + Send + use<'a>> {
         Err::<Response<CloseStdinResponse>, _>(not_imagined("CloseStdin"))
     }
+}
+
+fn stream(mut events: UnboundedReceiver<Shown>) -> impl Stream<Item = Shown> + Send {
+    futures::stream::poll_fn(move |context| events.poll_recv(context))
 }
 
 fn not_imagined(rpc: &str) -> ConnectError {

@@ -19,7 +19,7 @@ const NOT_RUN: u8 = 125;
 /// Exit code when the command ran too long, as `timeout` has it.
 const TIMED_OUT: u8 = 124;
 /// Exit code when a signal ended the command.
-const SIGNALLED: u8 = 255;
+pub(super) const SIGNALLED: u8 = 255;
 
 /// Runs a command in a capsule, and exits with the command's code.
 ///
