@@ -1,6 +1,6 @@
 //! Capsules come and go, and the machine is as it was.
 
-use end_to_end::{Machine, Up};
+use end_to_end::{Machine, Options, Up};
 use futures::{StreamExt, stream};
 use reqwest::Method;
 
@@ -43,6 +43,18 @@ async fn both_names_of_the_default_template_work() {
         let (status, capsule) = up.call(Method::POST, "/v1/capsules", Some(body)).await;
         assert_eq!(status, 201, "{capsule}");
     }
+}
+
+#[tokio::test]
+async fn postgresql_in_place_of_sqlite() {
+    let postgres = testkit::Postgres::start();
+    let mut up = Up::with(Options { database_url: Some(postgres.database()), ..Options::default() });
+    let id = up.create().await;
+    up.kill();
+    up.restart();
+    assert_eq!(up.output(&id, "echo still here").await, "still here");
+    assert!(!up.dir().join("wrenn.db").exists());
+    assert!(up.stop());
 }
 
 #[tokio::test]
