@@ -42,7 +42,7 @@ impl Server {
     fn shell(&self, program: &str, words: &[&str]) -> Command {
         let mut command = Command::new(program);
         command.args(words).args(["capsule", "shell", ID, "--url", &self.url]);
-        command.env("WRENN_API_KEY", "wrn_1").env("TERM", "vt100").env_remove("WRENN_BASE_URL");
+        command.env("WRENN_API_KEY", "wrn_1").env("TERM", "vt100").env("NO_COLOR", "1").env_remove("WRENN_BASE_URL");
         command
     }
 

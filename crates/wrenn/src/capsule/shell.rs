@@ -83,7 +83,7 @@ impl Shell {
             };
             eprint(&format!("the connection broke ({broken:#}); coming back to {tag}"));
             socket = tokio::select! {
-                socket = come_back(client, id, broken) => socket?,
+                socket = come_back(client, id, &mut session.tries, broken) => socket?,
                 signal = session.signals.next() => return Ok(128u8.saturating_add(signal)),
             };
             hello = Request::Connect { tag };
@@ -104,9 +104,10 @@ impl Shell {
 }
 
 /// A new connection. A server that refuses will not do otherwise if asked again; one that is away may come back.
-async fn come_back(client: &Client, id: CapsuleId, mut broken: Error) -> Result<Socket> {
-    for pause in RETRIES {
-        sleep(pause).await;
+async fn come_back(client: &Client, id: CapsuleId, tries: &mut usize, mut broken: Error) -> Result<Socket> {
+    while let Some(pause) = RETRIES.get(*tries) {
+        *tries += 1;
+        sleep(*pause).await;
         match client.pty(id).await {
             Ok(socket) => return Ok(socket),
             Err(error) => match error.downcast_ref::<Refused>() {
@@ -143,6 +144,8 @@ struct Session {
     resized: Signal,
     signals: Signals,
     tag: Option<String>,
+    /// Attempts to come back since a shell was last there.
+    tries: usize,
 }
 
 /// Bytes for standard output, and where to say that they are written.
@@ -208,6 +211,7 @@ impl Session {
             resized: signal(SignalKind::window_change())?,
             signals: Signals::new()?,
             tag: None,
+            tries: 0,
         })
     }
 
@@ -218,14 +222,19 @@ impl Session {
             return Ok(End::Broken(error.into()));
         }
         let (begin, begun) = watch::channel(false);
-        let Self { window, typed, shown, ended, at_line_start, resized, signals, tag } = self;
+        let Self { window, typed, shown, ended, at_line_start, resized, signals, tag, tries } = self;
         let mut speaker = Speaker { window, typed, ended, at_line_start, resized };
         // At once, each at its own pace: who waits to speak must still listen, or both sides would wait for each other.
-        tokio::select! {
+        let end = tokio::select! {
             end = listen(&mut from, window, shown, tag, &begin) => end,
             why = speaker.speak(&mut to, begun) => Ok(End::Broken(why)),
             signal = signals.next() => Ok(End::Interrupted(signal)),
+        };
+        // A server that takes connections only to break them is not there.
+        if *begin.borrow() {
+            *tries = 0;
         }
+        end
     }
 }
 
