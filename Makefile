@@ -19,8 +19,8 @@ setup:
 
 ## The guest agent: one static file.
 envd: setup
-	RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_STRIP=symbols cargo build -q --release -p envd --target $(STATIC)
-	install -m 0755 -D $(TARGET)/$(STATIC)/release/envd $(ENVD)
+	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build -q --profile guest -p envd --target $(STATIC)
+	install -m 0755 -D $(TARGET)/$(STATIC)/guest/envd $(ENVD)
 
 ## Release binaries in target/release: wrenn, firecracker-qemu, envd.
 build: envd

@@ -31,7 +31,7 @@ if [ ! -e "$tree" ]; then
     --customize-hook='chroot "$1" useradd --create-home --shell /bin/bash --uid 1000 user' \
     --customize-hook='echo "user ALL=(ALL:ALL) NOPASSWD: ALL" >"$1/etc/sudoers.d/user" && chmod 0440 "$1/etc/sudoers.d/user"' \
     --customize-hook='cp /etc/skel/.bashrc "$1/root/.bashrc"' \
-    --customize-hook='echo capsule >"$1/etc/hostname"; printf "127.0.0.1 localhost capsule\n::1 localhost ip6-localhost\n" >"$1/etc/hosts"' \
+    --customize-hook='echo capsule >"$1/etc/hostname"; printf "127.0.0.1 localhost\n127.0.1.1 capsule\n::1 localhost ip6-localhost ip6-loopback\n" >"$1/etc/hosts"' \
     --customize-hook='printf "nameserver 8.8.8.8\nnameserver 8.8.4.4\n" >"$1/etc/resolv.conf"' \
     --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin "$1"/var/log/* "$1"/etc/machine-id "$1"/etc/ssh/ssh_host_*; : >"$1/etc/machine-id"' \
     bookworm "$work/tree.tar" >&2

@@ -4,6 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
+
+/// How long what was given back may take to be gone.
+const SETTLED: Duration = Duration::from_secs(10);
 
 /// Names of everything, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,8 +41,22 @@ impl Machine {
         }
     }
 
+    /// Fails unless the machine comes to hold no more than it does in `self`. The kernel takes a moment to let go of the
+    /// loop device under a mount that the last VMM's namespace had a copy of.
+    pub async fn is_back(&self) {
+        let limit = tokio::time::Instant::now() + SETTLED;
+        loop {
+            let left = Self::now().more_than(self);
+            if left.is_empty() {
+                return;
+            }
+            assert!(tokio::time::Instant::now() < limit, "left behind: {left:#?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// What is there that was not there in `before`, one line each; empty when nothing is.
-    pub fn more_than(&self, before: &Self) -> Vec<String> {
+    fn more_than(&self, before: &Self) -> Vec<String> {
         let kinds = [
             ("namespace", &self.namespaces, &before.namespaces),
             ("link", &self.links, &before.links),
@@ -50,7 +68,9 @@ impl Machine {
             ("slot claim", &self.claims, &before.claims),
             ("cgroup", &self.cgroups, &before.cgroups),
         ];
-        let more = kinds.into_iter().flat_map(|(kind, now, before)| now.difference(before).map(move |name| format!("{kind} {name}")));
+        let more = kinds
+            .into_iter()
+            .flat_map(|(kind, now, before)| now.difference(before).map(move |name| format!("{kind} {name}")));
         more.collect()
     }
 }
@@ -75,6 +95,8 @@ fn mount_point(line: String) -> String {
 fn processes() -> BTreeSet<String> {
     let pids = names("/proc").into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
     pids.filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|groups| groups.contains("/wrenn-")))
+        // One that has ended holds nothing any more; the machine's init collects it when it gets to it.
+        .filter(|pid| fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")))
         .map(|pid| format!("{} {pid}", fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim()))
         .collect()
 }

@@ -93,7 +93,8 @@ impl Up {
 
     /// A request with the key; the status and the JSON body (null when empty).
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
-        let mut request = self.http.request(method, format!("{}{path}", self.ready.url)).header("X-API-Key", &self.ready.api_key);
+        let mut request =
+            self.http.request(method, format!("{}{path}", self.ready.url)).header("X-API-Key", &self.ready.api_key);
         if let Some(body) = body {
             request = request.json(&body);
         }
@@ -152,6 +153,7 @@ fn spawn(dir: &Path, options: &Options) -> (Child, Ready) {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     let log = || std::fs::read_to_string(dir.join("up.log")).unwrap_or_default();
-    let ready = serde_json::from_str(&line).unwrap_or_else(|error| panic!("`wrenn up` said {line:?} ({error}): {}", log()));
+    let ready =
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("`wrenn up` said {line:?} ({error}): {}", log()));
     (child, ready)
 }

@@ -9,7 +9,8 @@ use end_to_end::Up;
 fn the_wrenn_package_works() {
     let up = Up::start();
     let sdk = Path::new(env!("CARGO_MANIFEST_DIR")).join("sdk");
-    let cache = std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
+    let cache =
+        std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
     let status = Command::new(sdk.join("python.sh"))
         .arg(format!("{cache}/sdk"))
         .args(["-m", "pytest", "-q", "-p", "no:cacheprovider"])

@@ -31,13 +31,29 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// Foreign crates that a pure crate may not use: each would bring IO or a clock.
-const IMPURE: &[&str] =
-    &["tokio", "axum", "hyper", "hyper-util", "reqwest", "rustix", "libc", "sea-orm", "rtnetlink", "connectrpc", "getrandom"];
+const IMPURE: &[&str] = &[
+    "tokio",
+    "axum",
+    "hyper",
+    "hyper-util",
+    "reqwest",
+    "rustix",
+    "libc",
+    "sea-orm",
+    "rtnetlink",
+    "connectrpc",
+    "getrandom",
+];
 const PURE: &[&str] = &["api", "lifecycle"];
 
 /// Crates whose sources may say `unsafe`, and where in them.
-const UNSAFE: &[&str] =
-    &["crates/vmm/", "crates/network/", "crates/envd/src/sys", "crates/firecracker-qemu/", "crates/disk/src/loop_device.rs"];
+const UNSAFE: &[&str] = &[
+    "crates/vmm/",
+    "crates/network/",
+    "crates/envd/src/sys",
+    "crates/firecracker-qemu/",
+    "crates/disk/src/loop_device.rs",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -68,7 +84,8 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .unwrap();
     let metadata: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     let packages = metadata["packages"].as_array().unwrap().iter().map(|package| {
-        let used = package["dependencies"].as_array().unwrap().iter().filter(|used| used["kind"].as_str() != Some("dev"));
+        let used =
+            package["dependencies"].as_array().unwrap().iter().filter(|used| used["kind"].as_str() != Some("dev"));
         let used = used.map(|used| used["name"].as_str().unwrap().to_owned()).collect();
         (package["name"].as_str().unwrap().to_owned(), used)
     });
@@ -96,7 +113,9 @@ fn pure_crates_do_no_io_and_know_no_clock() {
         let impure: Vec<_> = dependencies[*name].iter().filter(|used| IMPURE.contains(&used.as_str())).collect();
         assert!(impure.is_empty(), "`{name}` is pure and uses {impure:?}");
         for file in files().iter().filter(|file| file.starts_with(&format!("crates/{name}/src/"))) {
-            for word in ["std::fs", "std::net", "std::process", "SystemTime::now", "Instant::now", "Utc::now", "std::env"] {
+            for word in
+                ["std::fs", "std::net", "std::process", "SystemTime::now", "Instant::now", "Utc::now", "std::env"]
+            {
                 assert!(!read(file).contains(word), "{file} is in a pure crate and says `{word}`");
             }
         }
@@ -156,9 +175,10 @@ fn every_path_that_a_document_names_exists() {
         // A path is what stands in back quotes and has a slash or one of our endings, and no placeholder in it.
         for (index, word) in read(document).split('`').enumerate() {
             let is_quoted = index % 2 == 1;
-            let looks_like_a_path = ["crates/", "images/", "proto/", "tests/", "docs/", "tools/", "benches/", "deploy/", ".ci/"]
-                .iter()
-                .any(|top| word.starts_with(top));
+            let looks_like_a_path =
+                ["crates/", "images/", "proto/", "tests/", "docs/", "tools/", "benches/", "deploy/", ".ci/"]
+                    .iter()
+                    .any(|top| word.starts_with(top));
             if is_quoted && looks_like_a_path && !word.contains(['{', '*', ' ', '…']) {
                 assert!(root().join(word).exists(), "{document} names `{word}`, which is not there");
             }

@@ -112,7 +112,8 @@ impl Guest {
 }
 
 /// `/guest/{capsule}/{path}`: waits while the capsule starts, then passes the request on as it is, under `path` and with
-/// envd's token. Problems on the way are told in the form of a Connect error: 404 `not_found`, 503 `unavailable`.
+/// envd's token. Problems on the way are told in the form of a Connect error: 404 `not_found` for a capsule that is not or
+/// no longer here, 503 `unavailable` for one that does not answer.
 pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Response {
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
@@ -122,7 +123,7 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     };
     let observed = capsule.settled().await;
     let Some(guest) = observed.guest else {
-        return refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", format!("the capsule has ended: {}", observed.reason));
+        return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {}", observed.reason));
     };
     *request.uri_mut() = Uri::from(path);
     let token = HeaderValue::from_str(&guest.token).expect("a token is hex");
@@ -152,9 +153,7 @@ mod tests {
 
     #[test]
     fn a_guest_path_is_cut_without_being_decoded() {
-        let cut = |uri: &'static str| {
-            split(&Uri::from_static(uri)).map(|(id, path)| (id, path.as_str().to_owned()))
-        };
+        let cut = |uri: &'static str| split(&Uri::from_static(uri)).map(|(id, path)| (id, path.as_str().to_owned()));
         assert_eq!(cut("/guest/cl-1/a%2Fb//c/?x=%20"), Some(("cl-1".into(), "/a%2Fb//c/?x=%20".into())));
         assert_eq!(cut("/guest/cl-1"), Some(("cl-1".into(), "/".into())));
         assert_eq!(cut("/guest/cl-1?x=1"), Some(("cl-1".into(), "/?x=1".into())));

@@ -155,7 +155,8 @@ impl Host {
 
     /// What a capsule was started with, as the API shows it.
     pub fn versions(&self, vmm: String, envd: String) -> BTreeMap<String, String> {
-        let kernel = self.config.kernel.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let kernel =
+            self.config.kernel.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let kernel = kernel.trim_start_matches("vmlinux-").split('-').next().unwrap_or_default().to_owned();
         [
             ("kernel_version", kernel),

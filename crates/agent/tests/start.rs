@@ -5,16 +5,21 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
 use agent_api::{CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, ListCapsulesRequest};
 use api::CapsuleId;
 use common::{Host, spec};
 use connectrpc::ErrorCode;
+use testkit::agent_conformance::{self, Subject};
 
 #[tokio::test]
 async fn a_capsule_runs_and_goes() {
     let host = Host::open(|_| {}).await;
     let id = CapsuleId::random();
-    let created = host.lifecycle().create_capsule(CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() }).await;
+    let created =
+        host.lifecycle().create_capsule(CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() }).await;
     let capsule = created.unwrap().into_owned().capsule.into_option().unwrap();
     assert_eq!(capsule.state, CapsuleState::Running);
     assert!(!capsule.versions["envd_version"].is_empty() && !capsule.versions["vmm_version"].is_empty());
@@ -23,5 +28,108 @@ async fn a_capsule_runs_and_goes() {
     assert_eq!(host.holds(), 0);
     let list = host.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned();
     assert_eq!(list.capsules[0].state, CapsuleState::Stopped);
+    host.close().await;
+}
+
+/// Creates a capsule that cannot start, and checks that the reason says `why` and that nothing of it is left.
+async fn fails(host: Host, why: &str) {
+    let id = CapsuleId::random();
+    let request = CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() };
+    let error = host.lifecycle().create_capsule(request).await.map(drop).expect_err("it cannot start");
+    assert_eq!(error.code, ErrorCode::Internal, "{error:?}");
+    let reason = error.message.unwrap_or_default();
+    assert!(reason.contains(why), "{reason}");
+    assert_eq!(host.holds(), 0);
+    let list = host.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned();
+    assert_eq!((list.capsules[0].state, &list.capsules[0].reason), (CapsuleState::Failed.into(), &reason));
+    host.close().await;
+}
+
+/// Makes a script the VMM.
+fn program(config: &mut agent::Config, text: &str, mode: u32) {
+    let path = config.dir.join("vmm.sh");
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    config.vmm = path;
+}
+
+#[tokio::test]
+async fn a_network_that_cannot_be_made() {
+    let host = Host::open(|_| {}).await;
+    let slot = (1..).find(|slot| std::fs::symlink_metadata(format!("/run/wrenn/slots/{slot}")).is_err()).unwrap();
+    // A link of that name, as a crash of somebody else may have left it.
+    let name = format!("wrenn-veth{slot}");
+    assert!(
+        Command::new("ip")
+            .args(["link", "add", &name, "type", "veth", "peer", "name", "wrenn-other"])
+            .status()
+            .unwrap()
+            .success()
+    );
+    fails(host, "network").await;
+}
+
+#[tokio::test]
+async fn an_image_that_is_gone() {
+    let host = Host::open(|_| {}).await;
+    std::fs::remove_dir_all(host.root().join("images")).unwrap();
+    fails(host, "making the root disk").await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_cannot_be_executed() {
+    fails(Host::open(|config| program(config, "#!/bin/sh\n", 0o644)).await, "starting the VMM").await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_ends_at_once() {
+    fails(Host::open(|config| program(config, "#!/bin/sh\nexit 7\n", 0o755)).await, "ended with code 7").await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_never_listens() {
+    fails(Host::open(|config| program(config, "#!/bin/sh\nexec sleep 1000\n", 0o755)).await, "configuring the VMM")
+        .await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_refuses_the_kernel() {
+    fails(Host::open(|config| config.kernel = "/no/such/kernel".into()).await, "/no/such/kernel").await;
+}
+
+#[tokio::test]
+async fn a_guest_that_cannot_boot() {
+    let blank = |config: &mut agent::Config| {
+        let image = config.dir.join("blank");
+        std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        config.templates = [("minimal".to_owned(), image)].into();
+    };
+    fails(Host::open(blank).await, "ended").await;
+}
+
+#[tokio::test]
+async fn a_destroy_overtakes_the_start() {
+    let host = Host::open(|_| {}).await;
+    let id = CapsuleId::random();
+    let lifecycle = host.lifecycle();
+    let creating = tokio::spawn(async move {
+        lifecycle.create_capsule(CreateCapsuleRequest { spec: spec(id).into(), ..Default::default() }).await.map(drop)
+    });
+    while host.holds() == 0 {
+        tokio::task::yield_now().await;
+    }
+    host.lifecycle().destroy_capsule(DestroyCapsuleRequest { id: id.to_string(), ..Default::default() }).await.unwrap();
+    assert_eq!(host.holds(), 0);
+    // Whatever the create says by now, it does not hang.
+    let _ = creating.await.unwrap();
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_real_agent_keeps_every_promise_of_the_contract() {
+    let host = Host::open(|_| {}).await;
+    let subject = Subject { endpoint: host.endpoint(), image: "minimal".into() };
+    agent_conformance::all(&subject).await;
+    assert_eq!(host.holds(), 0);
     host.close().await;
 }

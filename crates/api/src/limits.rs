@@ -14,7 +14,7 @@ pub const MEMORY_MB: RangeInclusive<i64> = 128..=65_536;
 pub const DEFAULT_MEMORY_MB: u32 = 512;
 
 /// Size of a capsule's root disk, MiB. Disks are sparse: this is what they may grow to.
-pub const DISK_SIZE_MB: RangeInclusive<i64> = 1_024..=102_400;
+pub const DISK_SIZE_MB: RangeInclusive<i64> = 5_120..=102_400;
 pub const DEFAULT_DISK_SIZE_MB: u32 = 5_120;
 
 /// Seconds without activity before the host acts by itself; 0 means never.

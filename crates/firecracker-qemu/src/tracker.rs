@@ -2,6 +2,9 @@
 //!
 //! The plugin write-protected every page asynchronously: a write clears a page's mark and goes on. PAGEMAP_SCAN finds
 //! pages without the mark and sets it again, in one step per page, so nothing is missed while the guest runs.
+//!
+//! A page that the balloon gives back keeps its mark if it had one: nobody wrote it, and what a Diff leaves in its place
+//! is as good as anything for a page the guest does not own.
 
 use std::fs::File;
 use std::io;
@@ -78,8 +81,7 @@ impl Tracker {
     pub fn written(&mut self) -> Result<Vec<Range<u64>>, Error> {
         // Written and present, or written and in swap.
         self.scan(0, PAGE_IS_WRITTEN)?;
-        // Neither a page nor a mark: written and then unmapped by reclaim, or given back by the balloon. A mark left by
-        // write-protecting an absent page counts as swapped.
+        // Neither a page nor a mark: written, then unmapped by reclaim. A mark without a page counts as swapped.
         self.scan(PAGE_IS_PRESENT | PAGE_IS_SWAPPED, PAGE_IS_PRESENT | PAGE_IS_SWAPPED)?;
         self.pending = union(std::mem::take(&mut self.pending));
         Ok(self.pending.clone())
@@ -160,12 +162,4 @@ fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::union;
-
-    #[test]
-    fn union_is_sorted_and_disjoint() {
-        assert_eq!(union(vec![8..12, 0..4, 4..6, 10..20, 30..31]), vec![0..6, 8..20, 30..31]);
-        assert_eq!(union(Vec::new()), Vec::new());
-    }
-}
+mod tests;

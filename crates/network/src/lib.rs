@@ -223,7 +223,7 @@ fn connect_host_end(slot: Slot) -> io::Result<()> {
     namespace::disable_ipv6(&slot.veth())?;
     let mut requests = Requests::default();
     requests.add_address(link, slot.veth_host_ip(), VETH_PREFIX);
-    requests.set_up(link, None);
+    requests.set_up(link, Vec::new());
     requests.add_route(Some(slot.host_ip()), slot.veth_netns_ip(), link);
     Ok(socket.transact(&requests)?)
 }

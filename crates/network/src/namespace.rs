@@ -3,6 +3,7 @@
 //! A thread that has entered another namespace must not run anything else afterwards, least of all a task of an async
 //! runtime. So each namespace has a thread of its own, and no thread ever comes back from one.
 
+use netlink_packet_route::link::LinkAttribute;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -17,7 +18,7 @@ use rustix::thread::UnshareFlags;
 use crate::firewall;
 use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
 use crate::slot::{
-    GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_PREFIX, UPLINK_IN_NETNS, VETH_PREFIX,
+    GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_MAC, TAP_PREFIX, UPLINK_IN_NETNS, VETH_PREFIX,
 };
 use crate::step::{Failed, Step, Steps};
 
@@ -121,11 +122,11 @@ fn address(slot: Slot, socket: &Socket) -> io::Result<()> {
     let uplink = name_to_index(socket, UPLINK_IN_NETNS)?;
     let tap = name_to_index(socket, TAP)?;
     let mut requests = Requests::default();
-    requests.set_up(name_to_index(socket, "lo")?, None);
+    requests.set_up(name_to_index(socket, "lo")?, Vec::new());
     requests.add_address(uplink, slot.veth_netns_ip(), VETH_PREFIX);
-    requests.set_up(uplink, None);
+    requests.set_up(uplink, Vec::new());
     requests.add_address(tap, TAP_ADDRESS, TAP_PREFIX);
-    requests.set_up(tap, Some(TAP_QUEUE));
+    requests.set_up(tap, vec![LinkAttribute::TxQueueLen(TAP_QUEUE), LinkAttribute::Address(TAP_MAC.to_vec())]);
     requests.add_neighbour(tap, GUEST_ADDRESS, GUEST_MAC);
     requests.add_route(None, slot.veth_host_ip(), uplink);
     Ok(socket.transact(&requests)?)

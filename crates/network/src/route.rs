@@ -46,12 +46,13 @@ impl Requests {
         self.route("delete the veth pair", libc::NLM_F_ACK, &RouteNetlinkMessage::DelLink(message));
     }
 
-    pub(crate) fn set_up(&mut self, link: u32, queue_length: Option<u32>) {
+    /// Sets a link up, with these properties.
+    pub(crate) fn set_up(&mut self, link: u32, properties: Vec<LinkAttribute>) {
         let mut message = LinkMessage::default();
         message.header.index = link;
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
-        message.attributes = queue_length.map(LinkAttribute::TxQueueLen).into_iter().collect();
+        message.attributes = properties;
         self.route("set a link up", libc::NLM_F_ACK, &RouteNetlinkMessage::SetLink(message));
     }
 

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub const TAP: &str = "tap0";
 /// The tap's own address, which is the guest's gateway.
 pub const TAP_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 22);
+/// The tap's MAC address, the same in every slot: a guest that is restored in another slot still has its gateway's.
+pub const TAP_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x06];
 /// Prefix length of the network between tap and guest.
 pub const TAP_PREFIX: u8 = 30;
 /// The guest's address, the same in every capsule, so that a snapshot resumes in any slot.

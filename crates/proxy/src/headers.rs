@@ -1,7 +1,9 @@
 //! Headers that belong to one connection and must not travel on (RFC 9110, section 7.6.1).
 
 use http::HeaderMap;
-use http::header::{CONNECTION, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
+use http::header::{
+    CONNECTION, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
 
 /// Removes the hop-by-hop headers, and those that `Connection` names.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {

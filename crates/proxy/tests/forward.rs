@@ -68,6 +68,10 @@ async fn nobody_there_is_a_connect_error() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
-    let error = Upstream::new(address).forward(http::Request::get("/").body(boxed(Body::empty())).unwrap()).await.err().unwrap();
+    let error = Upstream::new(address)
+        .forward(http::Request::get("/").body(boxed(Body::empty())).unwrap())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(error, Error::Connect(at, _) if at == address), "{error:?}");
 }

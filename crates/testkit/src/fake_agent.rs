@@ -5,12 +5,14 @@ mod service;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt};
 use api::CapsuleId;
 use axum::extract::{self, Request, State};
 use axum::response::{IntoResponse, Response};
+use axum::serve::ListenerExt;
 use connectrpc::{ConnectError, ConnectRpcService, ErrorCode};
 use guest_api::process::ProcessExt;
 use tempfile::TempDir;
@@ -42,6 +44,7 @@ pub(crate) struct Inner {
     open: watch::Sender<bool>,
     /// What the next creates answer instead of working.
     failure: Mutex<Option<ErrorCode>>,
+    connections: AtomicUsize,
     creates: watch::Sender<usize>,
     destroys: watch::Sender<usize>,
 }
@@ -61,6 +64,7 @@ impl FakeAgent {
             capsules: Mutex::default(),
             open: watch::Sender::new(true),
             failure: Mutex::default(),
+            connections: AtomicUsize::new(0),
             creates: watch::Sender::new(0),
             destroys: watch::Sender::new(0),
         });
@@ -143,6 +147,11 @@ impl FakeAgent {
         self.inner.capsules().get(&id.to_string()).map(|entry| entry.processes.running()).unwrap_or_default()
     }
 
+    /// How many connections were ever taken.
+    pub fn connections(&self) -> usize {
+        self.inner.connections.load(Ordering::Relaxed)
+    }
+
     /// How often a create has arrived, and a way to wait for the next.
     pub fn creates(&self) -> watch::Receiver<usize> {
         self.inner.creates.subscribe()
@@ -169,6 +178,10 @@ where
         .route("/guest/{id}/{*path}", axum::routing::any(guest))
         .with_state(inner.clone())
         .fallback_service(rpc.into_axum_service());
+    let counted = inner.clone();
+    let listener = listener.tap_io(move |_| {
+        counted.connections.fetch_add(1, Ordering::Relaxed);
+    });
     let (stop, stopped) = oneshot::channel();
     let server = tokio::spawn(async move {
         let stopped = async {

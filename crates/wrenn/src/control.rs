@@ -42,7 +42,8 @@ impl ControlCommand {
             terminal::print(&control.issue_key(team, "wrenn control --issue-key").await?)?;
             return Ok(ExitCode::SUCCESS);
         }
-        let listener = TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
+        let listener =
+            TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         Progress::new(false).say(&format!("API listens on {}", listener.local_addr()?));
         // A signal that cannot be listened for ends it like one that came.
         control.run(listener, async { drop(interrupted().await) }).await?;

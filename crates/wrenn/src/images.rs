@@ -47,7 +47,8 @@ pub fn cache() -> Result<PathBuf> {
 
 /// Builds what is missing; what the scripts say goes to `progress`.
 pub async fn prepare(cache: &Path, progress: &Progress) -> Result<Images> {
-    let envd = crate::beside("envd").context("the guest agent `envd` is not beside this binary; `make build` puts it there")?;
+    let envd = crate::beside("envd")
+        .context("the guest agent `envd` is not beside this binary; `make build` puts it there")?;
     let scripts = tempfile::tempdir()?;
     for (name, text) in SCRIPTS {
         let path = scripts.path().join(name);
@@ -75,7 +76,8 @@ pub async fn prepare(cache: &Path, progress: &Progress) -> Result<Images> {
     }
     let manifest = cache.join("images.json");
     let text = std::fs::read(&manifest).with_context(|| format!("reading {}", manifest.display()))?;
-    let manifest: Manifest = serde_json::from_slice(&text).with_context(|| format!("reading {}", manifest.display()))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&text).with_context(|| format!("reading {}", manifest.display()))?;
     Ok(Images {
         kernel: cache.join(manifest.kernel),
         templates: manifest.templates.into_iter().map(|(name, file)| (name, cache.join(file))).collect(),

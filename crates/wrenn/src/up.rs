@@ -61,16 +61,22 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = ::agent::Config { dir: dir.clone(), vmm: choice.binary, kernel: images.kernel, templates: images.templates };
+        let config = ::agent::Config {
+            dir: dir.clone(),
+            vmm: choice.binary,
+            kernel: images.kernel,
+            templates: images.templates,
+        };
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
 
-        let listener = TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
+        let listener =
+            TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         let address = listener.local_addr()?;
         let database_url = match self.database_url {
             Some(url) => url,
-            None => format!("sqlite://{}?mode=rwc", dir.join("wrenn.db").display()),
+            None => ::control::sqlite_url(&dir.join("wrenn.db")),
         };
         let domain = format!("localhost:{}", address.port());
         let control = Control::open(::control::Config {
@@ -84,7 +90,9 @@ impl Up {
 
         let shutdown = CancellationToken::new();
         let agent_server = tokio::spawn(
-            axum::serve(agent_listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned()).into_future(),
+            axum::serve(agent_listener, agent.router())
+                .with_graceful_shutdown(shutdown.clone().cancelled_owned())
+                .into_future(),
         );
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();

@@ -1,5 +1,8 @@
 //! The driver: the one task that owns a capsule from its first record to its end.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
 use std::sync::Arc;
 
 use agent_api::CapsuleState;
@@ -15,6 +18,8 @@ use crate::host::Host;
 
 /// Commands that wait while the driver is busy; a sender past that waits too.
 const QUEUE: usize = 8;
+/// Bytes of a dead guest's console that are logged.
+const CONSOLE: u64 = 2 << 10;
 
 struct Driver {
     host: Arc<Host>,
@@ -94,7 +99,8 @@ impl Driver {
             Err(start::Error::Cancelled) => self.end(CapsuleState::Stopped, "destroyed".into()).await,
             Err(error) => {
                 let reason = crate::chain(&error);
-                warn!(capsule = %self.journal.record().spec.id, %reason, "the start failed");
+                let console = last_lines(&self.journal.dir().join("vmm.log"));
+                warn!(capsule = %self.journal.record().spec.id, %reason, console, "the start failed");
                 self.observed.send_modify(|observed| observed.host_full = matches!(error, start::Error::Claim(_)));
                 self.end(CapsuleState::Failed, reason).await;
             }
@@ -105,7 +111,8 @@ impl Driver {
         tokio::select! {
             exit = running.process.exited() => {
                 let reason = format!("the VMM ended by itself ({exit})");
-                warn!(capsule = %self.journal.record().spec.id, %reason);
+                let console = last_lines(&self.journal.dir().join("vmm.log"));
+                warn!(capsule = %self.journal.record().spec.id, %reason, console);
                 self.end(CapsuleState::Failed, reason).await;
             }
             Some(Command::Destroy) = self.commands.recv() => {
@@ -145,4 +152,14 @@ impl Driver {
         });
         info!(capsule = %id, "ended");
     }
+}
+
+/// The end of what the VMM and the guest's console printed: all that is left to understand a guest that died.
+fn last_lines(log: &Path) -> String {
+    let Ok(mut file) = File::open(log) else { return String::new() };
+    let mut text = Vec::new();
+    let end = file.metadata().map_or(0, |metadata| metadata.len());
+    // A log that cannot be read is no reason to fail.
+    let _ = file.seek(SeekFrom::Start(end.saturating_sub(CONSOLE))).and_then(|_| file.read_to_end(&mut text));
+    String::from_utf8_lossy(&text).into_owned()
 }

@@ -55,8 +55,15 @@ impl Journal {
     /// Makes the capsule's directory and its first record. `AlreadyExists` when the directory is there.
     pub fn create(dir: PathBuf, spec: Spec, token: String) -> io::Result<Self> {
         std::fs::create_dir(&dir)?;
-        let record =
-            Record { spec, generation: 1, phase: Phase::Starting, slot: None, vmm: None, token, versions: BTreeMap::new() };
+        let record = Record {
+            spec,
+            generation: 1,
+            phase: Phase::Starting,
+            slot: None,
+            vmm: None,
+            token,
+            versions: BTreeMap::new(),
+        };
         let journal = Self { dir, record };
         journal.write()?;
         Ok(journal)

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::CapsuleId;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use vmm::process::Process;
 
+use super::Handle;
 use super::driver::spawn_adopted;
 use super::record::{Journal, Phase};
 use super::release::release;
 use super::start::Running;
-use super::Handle;
 use crate::guest::Guest;
 use crate::host::Host;
 
@@ -51,12 +51,12 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         }
     }
     for dir in garbage {
-        let id = dir.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-        let journal = Journal::open(dir.clone());
-        let released = match id {
-            Some(id) => release(host, id, &dir, journal.as_ref().map(Journal::record)).await,
-            None => Ok(()),
+        let Some(id) = dir.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) else {
+            warn!(dir = %dir.display(), "this is not a capsule's directory; it is left alone");
+            continue;
         };
+        let journal = Journal::open(dir.clone());
+        let released = release(host, id, &dir, journal.as_ref().map(Journal::record)).await;
         for error in released.err().unwrap_or_default() {
             error!(dir = %dir.display(), error = crate::chain(&error), "left behind by an earlier run, and still there");
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use network::slot::{GUEST_MAC, TAP};
+use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use vmm::client::{Boot, Client};
@@ -26,6 +27,15 @@ const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
     i8042.noaux i8042.nomux i8042.dumbkbd \
     ip=169.254.0.21::169.254.0.22:255.255.255.252:capsule:eth0:off init=/usr/local/bin/envd";
+
+/// What a guest reads from its metadata service; E2B's names.
+#[derive(Serialize)]
+struct Metadata {
+    #[serde(rename = "instanceID")]
+    instance_id: String,
+    #[serde(rename = "envID")]
+    env_id: String,
+}
 
 /// The step of a start that failed.
 #[derive(Debug, thiserror::Error)]
@@ -121,10 +131,11 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
         tap: TAP,
         mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
     };
+    let metadata = Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone() };
     let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
     let socket = journal.dir().join(vmm::API_SOCKET);
     let (vmm_version, envd_version) = tokio::select! {
-        booted = bring_up(&process, &socket, &boot, &guest, &spec) => booted?,
+        booted = bring_up(&process, &socket, &boot, &metadata, &guest, &spec) => booted?,
         exit = process.exited() => return Err(Error::Died(exit.to_string())),
         () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
         () = cancelled.cancelled() => return Err(Error::Cancelled),
@@ -144,12 +155,14 @@ async fn bring_up(
     process: &Process,
     socket: &Path,
     boot: &Boot<'_>,
+    metadata: &Metadata,
     guest: &Guest,
     spec: &Spec,
 ) -> Result<(String, String), Error> {
     let client = Client::connect(socket, SOCKET_LIMIT, process).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM listens");
     client.configure(boot).await.map_err(Error::Configure)?;
+    client.put_mmds(metadata).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM configured");
     client.start().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");

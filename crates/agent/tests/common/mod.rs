@@ -14,7 +14,6 @@ use tokio_util::sync::CancellationToken;
 
 pub struct Host {
     pub agent: Agent,
-    pub config: Config,
     dir: TempDir,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
     shutdown: CancellationToken,
@@ -22,7 +21,8 @@ pub struct Host {
 
 /// The images that `make images` prepared, and the VMM that this build made.
 fn config(dir: &Path) -> Config {
-    let cache = std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
+    let cache =
+        std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
     let images = PathBuf::from(cache).join("images");
     let manifest = fs::read(images.join("images.json")).expect("`make images` was run");
     let manifest: Value = serde_json::from_slice(&manifest).unwrap();
@@ -53,11 +53,11 @@ impl Host {
         let dir = TempDir::with_prefix("wrenn-agent-").unwrap();
         let mut config = config(dir.path());
         change(&mut config);
-        let agent = Agent::open(config.clone()).await.unwrap();
+        let agent = Agent::open(config).await.unwrap();
         let shutdown = CancellationToken::new();
         let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
         let serving = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        Self { agent, config, server: tokio::spawn(serving.into_future()), dir, shutdown }
+        Self { agent, server: tokio::spawn(serving.into_future()), dir, shutdown }
     }
 
     pub fn endpoint(&self) -> Endpoint {
@@ -87,7 +87,8 @@ impl Host {
             .into_iter()
             .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(&instance)))
             .collect();
-        let namespaces = claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
+        let namespaces =
+            claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
         let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}/wrenn-{instance}"));
         let groups: usize = groups.iter().map(|group| directories(group)).sum();
         let table = Command::new("nft").args(["list", "table", "inet", &format!("wrenn_{instance}")]).output().unwrap();

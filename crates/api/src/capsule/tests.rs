@@ -24,7 +24,7 @@ fn bounds_are_named() {
         (r#"{"vcpus":1000000000}"#, "vcpus must be between 1 and 32"),
         (r#"{"vcpus":-1}"#, "vcpus must be between 1 and 32"),
         (r#"{"memory_mb":127}"#, "memory_mb must be between 128 and 65536"),
-        (r#"{"disk_size_mb":1}"#, "disk_size_mb must be between 1024 and 102400"),
+        (r#"{"disk_size_mb":1}"#, "disk_size_mb must be between 5120 and 102400"),
         (r#"{"timeout_sec":-1}"#, "timeout_sec must be between 0 and 2592000"),
         (r#"{"timeout_sec":2592001}"#, "timeout_sec must be between 0 and 2592000"),
         (r#"{"metadata":{"envd_version":"1"}}"#, "metadata.envd_version is reserved: the platform sets it"),

@@ -26,6 +26,9 @@ const BEGIN: Duration = Duration::from_secs(25);
 /// beyond the deadline.
 const OVERTIME: Duration = Duration::from_secs(5);
 
+/// How long to wait for a stream to close after its last event, before its connection is given up instead.
+const CLOSE: Duration = Duration::from_millis(250);
+
 /// What came of a command.
 #[derive(Debug)]
 pub enum Outcome {
@@ -179,7 +182,10 @@ async fn collect(processes: &GuestProcesses, stream: &mut Stream, spec: &ExecSpe
                 Some(Output::Pty(_)) | None => return Err(Error::GuestAnswer("terminal output without a terminal")),
             },
             Some(Event::End(end)) => {
-                return Ok(Finished { stdout, stderr, exit_code: end.exit_code, exited: end.exited });
+                let finished = Finished { stdout, stderr, exit_code: end.exit_code, exited: end.exited };
+                // Nothing that matters follows, but a connection can only be used again when its answer was read to the end.
+                let _ = timeout(CLOSE, stream.message()).await;
+                return Ok(finished);
             }
             Some(Event::Keepalive(_)) => {}
             Some(Event::Start(_)) | None => return Err(Error::GuestAnswer("a second start")),

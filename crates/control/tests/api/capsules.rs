@@ -39,13 +39,13 @@ async fn the_quick_start(world: World) {
 
 async fn a_capsule_says_what_it_is(world: World) {
     let request = json!({
-        "template": "minimal-ubuntu", "vcpus": 2, "memory_mb": 1024, "timeout_sec": 5, "disk_size_mb": 2048,
+        "template": "minimal-ubuntu", "vcpus": 2, "memory_mb": 1024, "timeout_sec": 5, "disk_size_mb": 8192,
         "metadata": { "owner": "zoë" }
     });
     let (_, made) = world.post("/v1/capsules", request).await;
     let capsule: api::Capsule = serde_json::from_value(made.clone()).unwrap();
     assert_eq!((capsule.status, capsule.template.as_str()), (api::Status::Running, "minimal"));
-    assert_eq!((capsule.vcpus, capsule.memory_mb, capsule.timeout_sec, capsule.disk_size_mb), (2, 1024, 60, 2048));
+    assert_eq!((capsule.vcpus, capsule.memory_mb, capsule.timeout_sec, capsule.disk_size_mb), (2, 1024, 60, 8192));
     assert_eq!(capsule.metadata["owner"], "zoë");
     assert_eq!(capsule.metadata["envd_version"], "fake");
     assert!(capsule.started_at.unwrap() >= capsule.created_at && capsule.last_active_at.is_some());

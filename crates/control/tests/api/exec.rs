@@ -8,6 +8,7 @@ use crate::world::{World, on_both, refused};
 
 on_both![
     outputs_and_exit_codes_are_exact,
+    connections_are_used_again,
     large_output_arrives_whole,
     too_much_output_is_refused_and_ended,
     a_timeout_is_an_error_and_ends_the_process,
@@ -39,6 +40,17 @@ async fn outputs_and_exit_codes_are_exact(world: World) {
     assert_eq!(result["stdout"], "A=1\nB=x y\n");
     assert_eq!(exec(json!({ "cmd": "pwd", "cwd": "repo" })).await.1["stdout"], "repo\n");
     assert_eq!(exec(json!({ "cmd": "nonsense" })).await.1["exit_code"], 127);
+}
+
+async fn connections_are_used_again(world: World) {
+    let path = format!("/v1/capsules/{}/exec", world.capsule().await);
+    let before = world.agent.connections();
+    for number in 0..50 {
+        let result = world.post(&path, json!({ "cmd": "say", "args": [number.to_string(), "", "0"] })).await.1;
+        assert_eq!(result["stdout"], number.to_string());
+    }
+    let made = world.agent.connections() - before;
+    assert!(made < 10, "50 commands took {made} connections");
 }
 
 async fn large_output_arrives_whole(world: World) {

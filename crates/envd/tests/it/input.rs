@@ -111,11 +111,11 @@ async fn a_terminal_echoes_resizes_and_controls() {
     type_in("stty size\n").await;
     stream.until("43 132\r\n").await;
 
-    type_in("sleep 1000\n").await;
-    stream.until("sleep 1000\r\n").await;
+    // What is waited for must not be what the terminal echoes of the typing.
+    type_in("sh -c 'trap \"printf cau%s ght; exit\" INT; printf ar%s med; while :; do sleep 0.1; done'\n").await;
+    stream.until("armed").await;
     type_in("\u{3}").await;
-    type_in("echo st''opped\n").await;
-    stream.until("stopped\r\n").await;
+    stream.until("caught").await;
 
     let error = close(&client, number).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::FailedPrecondition);

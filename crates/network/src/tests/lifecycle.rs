@@ -54,7 +54,7 @@ fn a_slot_has_everything_and_leaves_nothing() {
             (&tap["linkinfo"]["info_data"]["type"], &tap["linkinfo"]["info_data"]["persist"]),
             (&"tap".into(), &true.into())
         );
-        assert_eq!(tap["txqlen"], 5000);
+        assert_eq!((&tap["txqlen"], &tap["address"]), (&5000.into(), &"02:fc:00:00:00:06".into()));
         assert_eq!(
             (&tap["addr_info"][0]["local"], &tap["addr_info"][0]["prefixlen"]),
             (&"169.254.0.22".into(), &30.into())

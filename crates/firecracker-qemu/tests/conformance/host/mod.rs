@@ -7,6 +7,7 @@ pub mod vm;
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -78,7 +79,7 @@ impl Drop for Host {
     fn drop(&mut self) {
         let Some(scratch) = self.scratch.take() else { return };
         let directory = scratch.path().to_owned();
-        let left = still_running(&directory);
+        let left = still_running(&self.namespaces.borrow());
         for namespace in self.namespaces.borrow().iter() {
             ip(&["netns", "del", namespace]);
         }
@@ -120,34 +121,25 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Processes, zombies aside, that name something in `directory` on their command line or have a file there open.
-/// They are given a moment to end: the kernel ends QEMU after its parent is reaped.
-fn still_running(directory: &Path) -> Vec<String> {
+/// Processes, zombies aside, in one of the namespaces. They are given a moment to end: the kernel ends QEMU after its
+/// parent is reaped.
+fn still_running(namespaces: &[String]) -> Vec<String> {
+    let inode = |path: PathBuf| fs::metadata(path).ok().map(|data| data.ino());
+    let ours: Vec<u64> = namespaces.iter().map(|name| inode(Path::new("/run/netns").join(name)).unwrap()).collect();
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let left: Vec<String> = fs::read_dir("/proc")
             .unwrap()
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<u32>().ok())
-            .filter(|pid| *pid != std::process::id() && uses(*pid, directory))
+            .filter(|pid| inode(format!("/proc/{pid}/ns/net").into()).is_some_and(|its| ours.contains(&its)))
             .map(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().replace('\0', " "))
+            .filter(|command| !command.is_empty())
             .collect();
         if left.is_empty() || Instant::now() > deadline {
             return left;
         }
         thread::park_timeout(Duration::from_millis(20));
     }
-}
-
-fn uses(pid: u32, directory: &Path) -> bool {
-    let names = |path: &Path| path.starts_with(directory);
-    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let named = String::from_utf8_lossy(&command).contains(&*directory.to_string_lossy());
-    let zombie = command.is_empty();
-    let open = || {
-        let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        files.into_iter().any(|file| fs::read_link(file.path()).is_ok_and(|path| names(&path)))
-    };
-    !zombie && (named || open())
 }
 
 fn ip(arguments: &[&str]) {

@@ -9,7 +9,7 @@ use rustix::ioctl::{Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use crate::maps::{self, Mapping};
+use super::maps::{self, Mapping};
 
 /// What to register guest memory for.
 #[derive(Clone, Copy, Default)]
