@@ -134,11 +134,7 @@ pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationT
     let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
     let socket = journal.dir().join(vmm::API_SOCKET);
     let (vmm_version, envd_version) = tokio::select! {
-<<<<<<< HEAD
         booted = bring_up(&process, &socket, &boot, &guest, &spec) => booted?,
-=======
-        booted = bring_up(&process, &socket, &boot, &metadata, &guest, &spec) => booted?,
->>>>>>> bench
         exit = process.exited() => return Err(Error::Died(exit.to_string())),
         () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
         () = cancelled.cancelled() => return Err(Error::Cancelled),
@@ -164,12 +160,8 @@ async fn bring_up(
     let client = Client::connect(socket, SOCKET_LIMIT, process).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM listens");
     client.configure(boot).await.map_err(Error::Configure)?;
-<<<<<<< HEAD
     let metadata = Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone() };
     client.put_mmds(&metadata).await.map_err(Error::Configure)?;
-=======
-    client.put_mmds(metadata).await.map_err(Error::Configure)?;
->>>>>>> bench
     debug!(capsule = %spec.id, "VMM configured");
     client.start().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");
