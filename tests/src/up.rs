@@ -91,6 +91,17 @@ impl Up {
         self.dir.path()
     }
 
+    /// Where capsules' directories are, on either kind of disk.
+    pub fn capsules(&self) -> PathBuf {
+        let volume = self.dir().join("volume/capsules");
+        if volume.exists() { volume } else { self.dir().join("capsules") }
+    }
+
+    /// How many capsules have a directory.
+    pub fn directories(&self) -> usize {
+        std::fs::read_dir(self.capsules()).unwrap().count()
+    }
+
     /// A request with the key; the status and the JSON body (null when empty).
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
         let mut request =

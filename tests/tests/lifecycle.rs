@@ -72,6 +72,7 @@ async fn two_hundred_capsules_leave_the_machine_as_it_was() {
         })
         .await;
     idle.is_back().await;
+    assert_eq!(up.directories(), 0);
     assert!(up.stop());
     before.is_back().await;
 }

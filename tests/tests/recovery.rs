@@ -53,8 +53,7 @@ async fn an_agent_killed_in_the_middle_of_a_create_leaves_nothing() {
             up.destroy(capsule["id"].as_str().unwrap()).await;
         }
         idle.is_back().await;
-        let dirs = std::fs::read_dir(capsules(&up)).unwrap().count();
-        assert_eq!(dirs, 0, "killed after {millis} ms");
+        assert_eq!(up.directories(), 0, "killed after {millis} ms");
     }
     assert!(up.stop());
     before.is_back().await;
@@ -65,7 +64,7 @@ async fn a_capsule_whose_vmm_died_with_the_agent_is_not_running() {
     let mut up = Up::start();
     let id = up.create().await;
     up.kill();
-    let vmm = std::fs::read(capsules(&up).join(&id).join("record.json")).unwrap();
+    let vmm = std::fs::read(up.capsules().join(&id).join("record.json")).unwrap();
     let vmm: Value = serde_json::from_slice(&vmm).unwrap();
     let pid = rustix::process::Pid::from_raw(vmm["vmm"]["pid"].as_i64().unwrap() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
@@ -78,10 +77,4 @@ async fn a_capsule_whose_vmm_died_with_the_agent_is_not_running() {
         }
     };
     assert!(["error", "stopped", "missing"].contains(&status.as_str()), "{status}");
-}
-
-/// Where capsules' directories are, on either kind of disk.
-fn capsules(up: &Up) -> std::path::PathBuf {
-    let volume = up.dir().join("volume/capsules");
-    if volume.exists() { volume } else { up.dir().join("capsules") }
 }
