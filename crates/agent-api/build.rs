@@ -8,7 +8,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .open_files(files)?
         .encode_file_descriptor_set();
     std::fs::write(&descriptors, set)?;
-    connectrpc_build::Config::new().descriptor_set(&descriptors).files(&files).include_file("contract.rs").compile()?;
+    connectrpc_build::Config::new()
+        .descriptor_set(&descriptors)
+        .files(&files)
+        .include_file("contract.rs")
+        // It would name the descriptors, which this script itself writes: every build would be stale.
+        .emit_rerun_directives(false)
+        .compile()?;
     println!("cargo:rerun-if-changed=../../proto");
     Ok(())
 }
