@@ -156,7 +156,7 @@ fn a_terminal_is_raw_while_the_shell_lives() {
     tcsetwinsize(&terminal.ours, size(132, 43)).unwrap();
     let resized = Request::Resize { cols: 132, rows: 43 };
     while !server.seen.lock().unwrap().contains(&resized) {
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::yield_now();
     }
     terminal.write("exit\r");
     assert_eq!(terminal.code(), Some(7));

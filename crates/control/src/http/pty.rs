@@ -150,7 +150,10 @@ async fn attend(app: &App, terminal: Terminal, screen: Screen, to: &mut To, from
 async fn read(terminal: &Terminal, from: &mut From, typed: mpsc::Sender<Bytes>, remarks: mpsc::Sender<Answer>) {
     while let Some(Ok(message)) = from.next().await {
         let done = match message {
-            Message::Binary(bytes) => Ok(enqueue(&typed, bytes).await),
+            Message::Binary(bytes) => {
+                enqueue(&typed, bytes).await;
+                Ok(())
+            }
             Message::Text(text) => obey(terminal, &typed, &text).await,
             Message::Ping(_) | Message::Pong(_) => continue,
             Message::Close(_) => return,
