@@ -2,7 +2,7 @@
 # Installs the Debian packages and cargo tools that building, running and testing need, and nothing when all are there.
 set -euo pipefail
 packages=(
-  gcc make pkg-config            # linking
+  gcc libc6-dev make pkg-config  # linking
   qemu-system-x86                # firecracker-qemu, where there is no KVM
   xfsprogs e2fsprogs mmdebstrap  # disks and images
   iproute2 nftables curl jq      # oracles of the tests, and the demo
