@@ -1,7 +1,7 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
 use crate::metrics::Metrics;
-use crate::rpc::Service;
+use crate::process::rpc::Service;
 use crate::settings::{Applied, Settings};
 use crate::{VERSION, clock};
 use axum::body::Bytes;

@@ -1,7 +1,7 @@
 //! The `envd` binary: arguments, then init if it is pid 1, then the server.
 
-use envd::process::Processes;
-use envd::{cgroup::Cgroups, http, init, metrics::Metrics, reaper::Reaper, rpc::Service, settings::Settings};
+use envd::process::{Processes, rpc::Service};
+use envd::{cgroup::Cgroups, http, init, metrics::Metrics, reaper::Reaper, settings::Settings};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;

@@ -9,6 +9,7 @@
 
 pub mod log;
 pub mod plan;
+pub mod rpc;
 mod run;
 mod stdio;
 

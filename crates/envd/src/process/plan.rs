@@ -1,5 +1,6 @@
 //! From a request to what the kernel needs: who, where, with which environment, which files to try. It starts nothing.
 
+use crate::path;
 use crate::settings::Defaults;
 use crate::user::{self, User};
 use guest_api::process::{ProcessConfig, StartRequest};
@@ -7,7 +8,7 @@ use rustix::termios::Winsize;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The search path of processes when envd was given none: what a Debian login offers.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games";
@@ -23,8 +24,8 @@ pub enum Error {
     NoDirectory(String),
     #[error("cwd '{0}' is not a directory")]
     NotDirectory(String),
-    #[error("cwd '{0}': only '~' and '~/' are expanded")]
-    ForeignHome(String),
+    #[error("cwd: {0}")]
+    Directory(path::Error),
     #[error("{0} holds a NUL byte")]
     Nul(&'static str),
     #[error("cmd is empty")]
@@ -108,17 +109,9 @@ fn c_string(text: impl Into<Vec<u8>>, what: &'static str) -> Result<CString, Err
     CString::new(text).map_err(|_| Error::Nul(what))
 }
 
-/// Where the process starts: what was asked for, or the default, or home. Relative ones start at home.
+/// Where the process starts, which must be there.
 fn directory(asked: Option<&str>, default: Option<&str>, home: &str) -> Result<PathBuf, Error> {
-    let given = asked.filter(|path| !path.is_empty()).or(default).unwrap_or(home);
-    let path = match given.strip_prefix('~') {
-        Some("") => PathBuf::from(home),
-        Some(rest) => match rest.strip_prefix('/') {
-            Some(rest) => Path::new(home).join(rest.trim_start_matches('/')),
-            None => return Err(Error::ForeignHome(given.to_owned())),
-        },
-        None => Path::new(home).join(given),
-    };
+    let path = path::resolve(asked.unwrap_or_default(), default, home).map_err(Error::Directory)?;
     match std::fs::metadata(&path) {
         Ok(metadata) if metadata.is_dir() => Ok(path),
         Ok(_) => Err(Error::NotDirectory(path.display().to_string())),
@@ -176,6 +169,7 @@ fn candidates(command: &str, path: &str) -> Result<Vec<CString>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn directories() {
@@ -194,7 +188,7 @@ mod tests {
         assert_eq!(of(Some("~"), Some("/tmp")).unwrap(), home.path());
         assert!(matches!(of(Some("nope"), None), Err(Error::NoDirectory(path)) if path.ends_with("/nope")));
         assert!(matches!(of(Some("file"), None), Err(Error::NotDirectory(_))));
-        assert!(matches!(of(Some("~root"), None), Err(Error::ForeignHome(_))));
+        assert!(matches!(of(Some("~root"), None), Err(Error::Directory(_))));
     }
 
     #[test]
