@@ -11,6 +11,9 @@
 //! checked once and then trusted for good. The checksums cost a thousandth of the space, 0.2 µs a page, and are read
 //! whole when the file is opened. They need no checksum themselves: a wrong one makes its page wrong.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -22,6 +25,8 @@ const MAGIC: [u8; 8] = *b"WRENNGEN";
 const VERSION: u32 = 1;
 const CHECKSUM: usize = 4;
 const PAGE: usize = PAGE_SIZE as usize;
+/// What is read at once when everything is.
+const BUFFER: usize = 1 << 20;
 
 /// What is wrong with a generation's file.
 #[derive(Debug, thiserror::Error)]
@@ -161,6 +166,19 @@ impl DataFile {
         self.check(offset, bytes)
     }
 
+    /// Reads and checks every page.
+    pub fn verify(&self) -> Result<(), Error> {
+        let mut buffer = vec![0; BUFFER];
+        let mut offset = offset_of(0);
+        while offset < self.data_end() {
+            let rest = usize::try_from(self.data_end() - offset).unwrap_or(usize::MAX);
+            let part = &mut buffer[..BUFFER.min(rest)];
+            self.read_exact_at(part, offset)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
     /// The page at an offset of the file, if `len` bytes from there are pages of the data.
     fn page_at(&self, offset: u64, len: usize) -> Result<u64, Error> {
         let is_in_data = offset >= PAGE_SIZE
@@ -185,7 +203,7 @@ pub(crate) fn file_len(pages: u32) -> u64 {
     offset_of(pages) + u64::from(pages) * CHECKSUM as u64
 }
 
-fn encode_head(generation: Generation) -> [u8; PAGE] {
+pub(crate) fn encode_head(generation: Generation) -> [u8; PAGE] {
     let mut head = [0; PAGE];
     head[..8].copy_from_slice(&MAGIC);
     head[8..12].copy_from_slice(&VERSION.to_le_bytes());

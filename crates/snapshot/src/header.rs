@@ -20,6 +20,9 @@
 //! end where memory does is checked. There is one encoding of a header: two extents that continue each other are an
 //! error.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 
 use crate::mapping::{self, Extent, Mapping, Source};

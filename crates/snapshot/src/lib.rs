@@ -13,13 +13,17 @@ mod data;
 mod header;
 mod id;
 mod mapping;
+mod merge;
 mod open;
+mod store;
 
 pub use data::{DataFile, Error as DataError};
 pub use header::{Error as HeaderError, Generation, Header};
 pub use id::Id;
-pub use mapping::{Extent, Mapping, Source};
-pub use open::{Content, Error, Run, Snapshot};
+pub use mapping::{Error as MappingError, Extent, Mapping, Source};
+pub use merge::{Error as MergeError, MERGE_AT, is_due};
+pub use open::{Content, Error as OpenError, Run, Snapshot};
+pub use store::{Audit, Broken, Collected, Error, Merged, Packed, Store};
 
 /// Bytes of a page: the unit of the mapping, of storage and of checksums.
 pub const PAGE_SIZE: u64 = 4096;
