@@ -85,7 +85,7 @@ pub enum Ended {
 pub enum Error {
     /// The snapshot cannot be used at all.
     #[error("open the snapshot")]
-    Open(#[source] snapshot::Error),
+    Open(#[source] snapshot::OpenError),
     /// The socket could not be made.
     #[error("listen on {}", path.display())]
     Listen {
@@ -140,7 +140,7 @@ pub enum Error {
         /// Bytes.
         len: usize,
         #[source]
-        source: snapshot::Error,
+        source: snapshot::OpenError,
     },
     /// The kernel did not take a page.
     #[error("fill the page of guest memory at {offset:#x}")]

@@ -65,7 +65,7 @@ fn it_stays_with_memory_whose_writes_are_tracked() {
     let pager = start(stored.config());
     vmm.connect(&stored.socket());
     (0..PAGES).for_each(|page| assert_eq!(vmm.touch(page), stored.page(page)[0]));
-    assert_eq!(vmm.written(), []);
+    assert_eq!(vmm.written(), Vec::<u64>::new());
     // Needs somebody to read the event, and to fill the page.
     vmm.remove(40, 1);
     assert_eq!(vmm.touch(40), 0);

@@ -56,11 +56,6 @@ impl Stored {
         &self.content[page as usize]
     }
 
-    /// Pages that are not zeros.
-    pub fn data_pages(&self) -> u64 {
-        self.content.iter().filter(|page| page.iter().any(|byte| *byte != 0)).count() as u64
-    }
-
     /// The same, with each page's content taken from another place.
     pub fn reordered(mut self, from: impl Fn(u64) -> u64) -> Self {
         self.content = (0..PAGES).map(|page| self.content[from(page) as usize]).collect();

@@ -93,7 +93,7 @@ impl Vmm {
                 unsafe { rustix::mm::mmap(null, length, access, MapFlags::SHARED, &memory, 0) }
             }
         };
-        let address = match mapped {
+        let address: NonNull<u8> = match mapped {
             Err(error) if kind == Kind::Huge => {
                 eprintln!("skipped for {kind:?}: no {size} bytes of huge pages here ({error})");
                 return None;
