@@ -20,6 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("disk", &[]),
     ("vmm", &[]),
     ("proxy", &[]),
+    ("snapshot", &[]),
     ("firecracker-qemu", &[]),
     ("envd", &["guest-api"]),
     ("agent", &["agent-api", "api", "disk", "guest-api", "network", "proxy", "vmm"]),
@@ -27,7 +28,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("wrenn", &["agent", "agent-api", "api", "control", "vmm"]),
     ("testkit", &["agent-api", "api", "guest-api"]),
     ("end-to-end", &["agent-api", "api", "testkit"]),
-    ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk"]),
+    ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk", "snapshot"]),
 ];
 
 /// Foreign crates that a pure crate may not use: each would bring IO or a clock.
