@@ -13,12 +13,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use snapshot::Store;
 use tracing::warn;
-
-use crate::host::Host;
 
 /// The root disk of a capsule or point.
 pub const DISK: &str = "rootfs.ext4";
+/// What a pager prints.
+pub const PAGER_LOG: &str = "pager.log";
 /// The socket of a capsule's pager.
 pub const PAGER_SOCKET: &str = "pager.sock";
 /// A point's header.
@@ -73,7 +74,7 @@ pub fn sync_all_in(dir: &Path) -> io::Result<()> {
 }
 
 /// Removes every snapshot of the capsule in `dir` but number `keep`. What cannot be removed stays for the next time.
-pub fn tidy(host: &Host, dir: &Path, keep: Option<u32>) {
+pub fn tidy(memory: &Store, dir: &Path, keep: Option<u32>) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
         let Some((kind, number)) = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('-'))
@@ -85,7 +86,7 @@ pub fn tidy(host: &Host, dir: &Path, keep: Option<u32>) {
             continue;
         }
         let removed = match kind {
-            "memory" => host.memory.remove(&path).map_err(|error| crate::chain(&error)),
+            "memory" => memory.remove(&path).map_err(|error| crate::chain(&error)),
             "state" | "disk" => fs::remove_file(&path).map_err(|error| error.to_string()),
             _ => continue,
         };
@@ -96,9 +97,9 @@ pub fn tidy(host: &Host, dir: &Path, keep: Option<u32>) {
 }
 
 /// Removes a directory with whatever headers it has.
-pub fn remove_all(host: &Host, dir: &Path) -> io::Result<()> {
+pub fn remove_all(memory: &Store, dir: &Path) -> io::Result<()> {
     for header in headers(dir) {
-        host.memory.remove(&header).map_err(io::Error::other)?;
+        memory.remove(&header).map_err(io::Error::other)?;
     }
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
