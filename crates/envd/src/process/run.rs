@@ -155,7 +155,7 @@ fn end_of(status: WaitStatus) -> End {
 }
 
 /// Carries one stream to its end, at the readers' pace.
-async fn pump(output: &Output, log: &Log<Outcome>) -> io::Result<()> {
+async fn pump(output: &Output, log: &Arc<Log<Outcome>>) -> io::Result<()> {
     let mut buffer = vec![0; output.source.item_bytes()];
     loop {
         log.room().await;
@@ -171,7 +171,7 @@ async fn pump(output: &Output, log: &Log<Outcome>) -> io::Result<()> {
 /// What it wrote is in there by now, so that much is carried without fail. Descendants that hold the pipes get [`GRACE`] to
 /// finish; whoever still holds them then goes on undisturbed, its output read and dropped so that it neither blocks nor dies
 /// of SIGPIPE.
-async fn drain(log: &Log<Outcome>, outputs: Vec<Output>) {
+async fn drain(log: &Arc<Log<Outcome>>, outputs: Vec<Output>) {
     for output in &outputs {
         carry_readable(log, output).await;
     }
@@ -189,7 +189,7 @@ async fn drain(log: &Log<Outcome>, outputs: Vec<Output>) {
 }
 
 /// Carries exactly what can be read now, however much is added meanwhile.
-async fn carry_readable(log: &Log<Outcome>, output: &Output) {
+async fn carry_readable(log: &Arc<Log<Outcome>>, output: &Output) {
     let mut left = output.readable() as usize;
     let mut buffer = vec![0; left.min(output.source.item_bytes())];
     while left > 0 {
