@@ -9,6 +9,7 @@ mod network;
 mod power;
 mod root_disk;
 
+pub use names::rename;
 pub use power::shut_down_on_signal;
 
 use crate::cgroup::{self, Cgroups};

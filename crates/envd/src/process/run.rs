@@ -4,7 +4,7 @@ use super::log::{Log, Reader};
 use super::plan::{Plan, Streams};
 use super::stdio::{self, Output};
 use super::{End, Outcome, Process, Processes, StartError};
-use crate::cgroup::{Class, Leaf};
+use crate::cgroup::{Class, Leaf, SYSTEM_TAG};
 use crate::reaper::Exit;
 use crate::sys::spawn::{Identity, Spawn};
 use rustix::process::{Pid, Signal, WaitStatus};
@@ -59,7 +59,10 @@ async fn start(
 ) -> Result<(Arc<Process>, Vec<Output>, Option<Leaf>, Exit), StartError> {
     let (child, ours) = stdio::open(plan.streams, plan.user.uid).map_err(StartError::Streams)?;
     let terminal = matches!(plan.streams, Streams::Terminal(_));
-    let leaf = processes.cgroups.leaf(if terminal { Class::Pty } else { Class::User }).map_err(StartError::Cgroup)?;
+    let leaf = match plan.tag.as_deref() {
+        Some(SYSTEM_TAG) => None,
+        _ => processes.cgroups.leaf(if terminal { Class::Pty } else { Class::User }).map_err(StartError::Cgroup)?,
+    };
     let reaper = Arc::clone(&processes.reaper);
     // The clone returns when the program is loaded, which may take a slow disk's time: not on a worker.
     let spawned = tokio::task::spawn_blocking(move || {

@@ -160,7 +160,7 @@ async fn a_timeout_reaches_those_who_left_the_session_and_no_group_stays() {
     });
     assert_eq!((error.code, left), (ErrorCode::DeadlineExceeded, 0));
     let groups =
-        || std::fs::read_dir(guest.cgroup.join("user")).unwrap().flatten().filter(|e| e.path().is_dir()).count();
+        || std::fs::read_dir(guest.cgroup.join("work/user")).unwrap().flatten().filter(|e| e.path().is_dir()).count();
     // One may stay until the next process ends: its members were still dying.
     eventually("the leaves' end", || groups() <= 1).await;
     guest.inside(async |client| run(&client, sh("exit 0")).await);
