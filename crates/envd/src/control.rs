@@ -7,6 +7,7 @@ use crate::http::{Context, error, no_store};
 use crate::settings::Applied;
 use crate::{VERSION, clock, freeze, snapshot};
 use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -139,7 +140,10 @@ struct Freeze {
     max_wait_ms: Option<u64>,
 }
 
-async fn freeze_processes(State(context): State<Context>, Query(query): Query<Freeze>) -> Response {
+async fn freeze_processes(State(context): State<Context>, query: Result<Query<Freeze>, QueryRejection>) -> Response {
+    let Ok(Query(query)) = query else {
+        return error(StatusCode::BAD_REQUEST, "maxWaitMs must be a number of milliseconds");
+    };
     if !context.is_init {
         return not_init();
     }

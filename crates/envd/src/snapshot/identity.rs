@@ -62,6 +62,15 @@ impl New {
     }
 }
 
+/// Gives a machine an id that has none yet, as an image has.
+pub fn ensure_machine_id() -> io::Result<()> {
+    match fs::read_to_string(MACHINE_ID) {
+        Ok(id) if !id.trim().is_empty() => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => New { hostname: None, machine_id: None }.write_machine_id().map(drop),
+    }
+}
+
 /// Writes a file as a whole: who reads it sees the old content or the new.
 fn replace(path: &str, content: &str, mode: u32) -> io::Result<()> {
     let beside = format!("{path}.envd");

@@ -8,6 +8,8 @@
 mod connections;
 mod identity;
 
+pub use identity::ensure_machine_id;
+
 use crate::reaper::Reaper;
 use crate::{clock, sys};
 use base64::Engine;
