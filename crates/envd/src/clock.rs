@@ -9,15 +9,16 @@ const BEHIND: f64 = 0.05;
 /// A clock this far ahead is set; going back a little would do more harm than good.
 const AHEAD: f64 = 5.0;
 
-/// Sets the clock to the host's, in seconds since the epoch, if it is off.
-pub fn follow(host: f64) -> io::Result<()> {
+/// Sets the clock to the host's, in seconds since the epoch, if it is off. Returns how far it was behind, in seconds.
+pub fn follow(host: f64) -> io::Result<f64> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64();
     if !is_off(now, host) {
-        return Ok(());
+        return Ok(host - now);
     }
     let time = Duration::try_from_secs_f64(host).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
     let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
-    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+    rustix::time::clock_settime(ClockId::Realtime, time)?;
+    Ok(host - now)
 }
 
 fn is_off(now: f64, host: f64) -> bool {

@@ -8,14 +8,20 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod control;
+pub mod freeze;
 pub mod http;
 pub mod init;
 pub mod metrics;
+pub mod mmds;
+pub mod netlink;
 pub mod path;
+pub mod ports;
 pub mod process;
 pub mod reaper;
 pub mod rpc;
 pub mod settings;
+pub mod snapshot;
 pub mod sys;
 pub mod user;
 

@@ -9,4 +9,5 @@ mod lifetime;
 mod output;
 mod plan;
 mod readers;
+mod restore;
 mod wire;
