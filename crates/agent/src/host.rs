@@ -155,9 +155,20 @@ impl Host {
         self.disks.root().join(TEMPLATES)
     }
 
+    /// A directory that does not exist yet, for the template `name`: not the name alone, as a template of that name may have
+    /// been deleted and still be in use.
+    pub fn template_dir(&self, name: &str) -> PathBuf {
+        self.templates().join(format!("{name}@{}", CapsuleId::random()))
+    }
+
     /// A directory that does not exist yet, for a point that nobody will find again.
     pub fn passing(&self) -> PathBuf {
-        self.disks.root().join(PASSING).join(CapsuleId::random().to_string())
+        self.passing_all().join(CapsuleId::random().to_string())
+    }
+
+    /// The directory of all those.
+    pub fn passing_all(&self) -> PathBuf {
+        self.disks.root().join(PASSING)
     }
 
     /// Claims the lowest free slot of the machine.

@@ -14,7 +14,7 @@ use tracing::debug;
 use vmm::client::{Boot, Client, Load, Memory};
 use vmm::process::{Companion, Exit, Launch, Process};
 
-use super::record::{Base, Journal, Phase, Saved};
+use super::record::{Base, Journal, Phase, Record, Saved};
 use super::{Spec, files};
 use crate::guest::{self, Guest, Restoring};
 use crate::host::{Host, blocking};
@@ -24,10 +24,15 @@ use crate::point::Point;
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
 /// From the VMM's exec to its API.
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
-/// Pause between two looks for the pager's socket.
-const SOCKET_PAUSE: Duration = Duration::from_millis(1);
+/// Pause between two looks for what the pager says.
+const READY_PAUSE: Duration = Duration::from_millis(1);
 /// What a pager exits with when the snapshot is of no use.
 const PAGER_DAMAGED: Exit = Exit::Code(10);
+
+/// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
+const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
+    i8042.noaux i8042.nomux i8042.dumbkbd \
+    ip=169.254.0.21::169.254.0.22:255.255.255.252:capsule:eth0:off init=/usr/local/bin/envd";
 
 /// What a guest reads from its metadata service; E2B's names.
 #[derive(Serialize)]
@@ -111,8 +116,19 @@ pub enum Origin<'a> {
     Image,
     /// Its own pause, which it keeps until the guest has confirmed.
     Pause,
+    /// What its image is after a boot, in place of that.
+    Boot(&'a Point),
     /// What another was, with an identity of its own.
     Point(&'a Point),
+}
+
+impl<'a> Origin<'a> {
+    fn point(self) -> Option<&'a Point> {
+        match self {
+            Self::Image | Self::Pause => None,
+            Self::Boot(point) | Self::Point(point) => Some(point),
+        }
+    }
 }
 
 /// A capsule that runs: what its driver holds.
@@ -143,9 +159,13 @@ pub async fn pager_lost(pager: Option<&Process>, dir: &Path) -> Exit {
     }
 }
 
-/// Whether the pager of the capsule in `dir` has said that all memory is in the VMM.
+/// Whether the pager of the capsule in `dir` has ended because it was not needed any more.
 pub fn is_whole(dir: &Path) -> bool {
-    std::fs::read_to_string(dir.join(files::PAGER_LOG)).is_ok_and(|log| log.lines().any(|line| line == "whole"))
+    has_said(dir, "whole")
+}
+
+fn has_said(dir: &Path, word: &str) -> bool {
+    std::fs::read_to_string(dir.join(files::PAGER_LOG)).is_ok_and(|log| log.lines().any(|line| line == word))
 }
 
 /// Makes the capsule that `journal` describes run. On failure the caller releases what the journal names.
@@ -201,22 +221,18 @@ pub async fn start(
         () = cancelled.cancelled() => return Err(Error::Cancelled),
     };
     // Durable where that ends a pause: after a power cut it would be resumed with a disk that has moved on.
-    let running = |record: &mut super::record::Record| {
+    let running = |record: &mut Record| {
         record.phase = Phase::Running;
         record.generation += 1;
-        record.versions = match origin {
-            Origin::Image | Origin::Pause => host.versions(vmm_version, envd_version),
-            Origin::Point(point) => {
-                let kernel = point.meta.versions.get("kernel_version").cloned();
-                let mut versions = host.versions(vmm_version, envd_version);
-                versions.extend(kernel.map(|kernel| ("kernel_version".to_owned(), kernel)));
-                versions
-            }
-        };
+        // The kernel is the one that was booted, here and now or in the snapshot.
+        let booted = origin.point().map_or(&record.versions, |point| &point.meta.versions);
+        let kernel = booted.get_key_value("kernel_version").map(|(name, version)| (name.clone(), version.clone()));
+        record.versions = host.versions(vmm_version, envd_version);
+        record.versions.extend(kernel);
     };
     match origin {
         Origin::Pause => journal.commit(running).map_err(Error::Record)?,
-        Origin::Image | Origin::Point(_) => journal.update(running).map_err(Error::Record)?,
+        Origin::Image | Origin::Boot(_) | Origin::Point(_) => journal.update(running).map_err(Error::Record)?,
     }
     let number = saved.map(|saved| saved.number);
     files::tidy(&host.memory, &dir, number);
@@ -267,7 +283,7 @@ async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &
             blocking(move || files::sync(&disk).and_then(|()| files::sync(&parent))).await.map_err(Error::Place)?;
             saved.clone()
         }
-        Origin::Point(point) => {
+        Origin::Boot(point) | Origin::Point(point) => {
             let disk = point.dir.join(files::DISK);
             host.clone_disk(&disk, &rootfs).await.map_err(Error::Disk)?;
             let saved = Saved { number: 1, state: point.meta.state.clone() };
@@ -324,27 +340,20 @@ async fn pager(host: &Host, spec: &Spec, dir: &Path, number: u32) -> Result<Proc
     let log = dir.join(files::PAGER_LOG);
     let companion = Companion { binary, args: &args, dir, cgroup: &cgroup, log: &log };
     let pager = companion.spawn().await.map_err(Error::Pager)?;
-    while !dir.join(files::PAGER_SOCKET).exists() {
+    while !has_said(dir, "ready") {
         if let Some(exit) = pager.exit() {
             return Err(Error::PagerDied(exit));
         }
-        tokio::time::sleep(SOCKET_PAUSE).await;
+        tokio::time::sleep(READY_PAUSE).await;
     }
     Ok(pager)
 }
 
 /// Boots the image. Returns envd's version.
 async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Result<String, Error> {
-    // A quiet serial console, the guest's address and name, and envd as its init.
-    let boot_args = format!(
-        "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
-         i8042.noaux i8042.nomux i8042.dumbkbd \
-         ip=169.254.0.21::169.254.0.22:255.255.255.252:{}:eth0:off init=/usr/local/bin/envd",
-        spec.id
-    );
     let boot = Boot {
         kernel: &host.config.kernel,
-        boot_args: &boot_args,
+        boot_args: BOOT_ARGS,
         rootfs: &Path::new(vmm::CAPSULE_DIR).join(files::DISK),
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
@@ -389,15 +398,12 @@ async fn resume(
     client.resume().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");
     let name = spec.id.to_string();
-    let (restoring, versions) = match origin {
-        Origin::Point(point) => {
-            let kind = RestoreKind::Fork;
-            (Restoring { kind, hostname: Some(&name), token: &point.meta.token }, &point.meta.versions)
-        }
-        Origin::Image | Origin::Pause => {
-            (Restoring { kind: RestoreKind::Resume, hostname: None, token: guest.token() }, versions)
-        }
-    };
+    let kind = if origin.point().is_some() { RestoreKind::Fork } else { RestoreKind::Resume };
+    // What boots is called as its image says, also when its boot was done before.
+    let hostname = matches!(origin, Origin::Point(_)).then_some(name.as_str());
+    let (token, versions) =
+        origin.point().map_or((guest.token(), versions), |point| (point.meta.token.as_str(), &point.meta.versions));
+    let restoring = Restoring { kind, hostname, token };
     guest.restore(&spec.default_env, &restoring).await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, dir = %dir.display(), "guest restored");
     Ok(versions.get("envd_version").cloned().unwrap_or_default())
