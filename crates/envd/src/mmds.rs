@@ -66,8 +66,11 @@ impl Mmds {
 
     /// Asks until there is an answer, and puts it into the environment of processes.
     pub async fn learn(&self, settings: &Settings) {
-        settings.identify(variables(self.address.is_some(), &Metadata::default()));
-        let Some(address) = self.address else { return };
+        let Some(address) = self.address else {
+            settings.identify(variables(false, &Metadata::default()));
+            return;
+        };
+        tell(settings, &Metadata::default());
         let mut pause = PAUSE;
         let asking = async {
             loop {
@@ -83,11 +86,7 @@ impl Mmds {
             tracing::warn!("no metadata service");
             return;
         };
-        let variables = variables(true, &metadata);
-        if let Err(error) = write_files(Path::new(DIRECTORY), &variables) {
-            tracing::warn!(%error, "cannot write what the metadata says below {DIRECTORY}");
-        }
-        settings.identify(variables);
+        tell(settings, &metadata);
         self.known.send_replace(Some(metadata));
     }
 
@@ -110,6 +109,15 @@ impl Mmds {
     pub async fn token_hash(&self) -> Option<String> {
         ask(self.address?).await.ok()?.access_token_hash.filter(|hash| !hash.is_empty())
     }
+}
+
+/// Puts what is known where processes find it.
+fn tell(settings: &Settings, metadata: &Metadata) {
+    let variables = variables(true, metadata);
+    if let Err(error) = write_files(Path::new(DIRECTORY), &variables) {
+        tracing::warn!(%error, "cannot write what the metadata says below {DIRECTORY}");
+    }
+    settings.identify(variables);
 }
 
 /// Both names of each: ours and the one E2B's users know.
