@@ -1,5 +1,6 @@
 //! envd as its clients see it: a real binary, driven over its real wire.
 
+mod files;
 mod harness;
 mod http;
 mod init;
@@ -9,4 +10,6 @@ mod lifetime;
 mod output;
 mod plan;
 mod readers;
+mod tree;
+mod watch;
 mod wire;
