@@ -10,6 +10,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod http;
 pub mod init;
+pub mod metadata;
 pub mod metrics;
 pub mod path;
 pub mod process;
