@@ -266,3 +266,54 @@ fn top_of_mount(directory: &Path) -> rustix::io::Result<PathBuf> {
     let same = directory.ancestors().skip(1).take_while(|above| identity(above) == Ok(own));
     Ok(same.last().unwrap_or(directory).to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(pieces: &[&[u8]]) -> Batch {
+        let mut batch = Batch::default();
+        pieces.iter().for_each(|piece| batch.push(Bytes::copy_from_slice(piece)));
+        batch
+    }
+
+    #[test]
+    fn pieces_keep_their_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let (small, large) = (vec![1; 100], vec![2; PIECE]);
+        let contents = batch(&[&small, &large, &small, &small, &large]);
+        assert_eq!(contents.length, 300 + 2 * PIECE);
+        let mut file = File::create(&path).unwrap();
+        contents.write(&mut file).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [&small[..], &large, &small, &small, &large].concat());
+        assert_eq!(batch(&[b"x"]).write(&mut File::open(&path).unwrap()).unwrap_err().0, 0);
+    }
+
+    /// Where a file system has no files without a name, which none here is.
+    #[test]
+    fn a_temporary_name_goes_with_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let names = || std::fs::read_dir(directory.path()).unwrap().count();
+        let target = Target::find(&directory.path().join("file"), (0, 0)).unwrap();
+        let open = || {
+            let create = |path: &Path| File::options().write(true).create_new(true).open(path);
+            let (file, name) = Name::make(directory.path(), create).unwrap();
+            let staging = directory.path().to_owned();
+            let mut replacement = Replacement { file, target: target.clone(), staging, name: Some(name) };
+            replacement.write(batch(&[b"contents"])).unwrap();
+            replacement
+        };
+        let (first, second) = (open(), open());
+        assert_eq!(names(), 2);
+        drop(first);
+        second.commit(&BTreeMap::new()).unwrap();
+        assert_eq!((names(), std::fs::read(&target.path).unwrap()), (1, b"contents".to_vec()));
+    }
+
+    #[test]
+    fn staging_stays_on_the_mount() {
+        assert_eq!(top_of_mount(Path::new("/proc/self/fd")).unwrap(), Path::new("/proc"));
+        assert_eq!(top_of_mount(Path::new("/")).unwrap(), Path::new("/"));
+    }
+}
