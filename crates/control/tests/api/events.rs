@@ -1,7 +1,7 @@
 //! What happens, as it is told.
 
-use api::{ActorKind, Event, EventName, event::Outcome};
 use agent_api::CapsuleState;
+use api::{ActorKind, Event, EventName, event::Outcome};
 use axum::http::header::CONTENT_TYPE;
 use connectrpc::ErrorCode as AgentCode;
 
@@ -108,7 +108,10 @@ async fn failures_are_told(world: World) {
     world.agent.end(id, CapsuleState::CAPSULE_STATE_STOPPED, "the guest powered off");
     let event = listener.next().await.unwrap();
     assert_eq!(event.event, EventName::CapsuleStateChanged);
-    assert_eq!((event.metadata["to"].as_str(), event.metadata["reason"].as_str()), ("stopped", "the guest powered off"));
+    assert_eq!(
+        (event.metadata["to"].as_str(), event.metadata["reason"].as_str()),
+        ("stopped", "the guest powered off")
+    );
 }
 
 async fn others_are_not_told(mut world: World) {

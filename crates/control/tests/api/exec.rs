@@ -56,7 +56,10 @@ async fn outputs_and_exit_codes_are_exact(world: World) {
     assert_eq!(exec(json!({ "cmd": "nonsense" })).await.1["exit_code"], 127);
     assert_eq!(exec(sh("kill -9 $$")).await.1["exit_code"], -1);
     assert_eq!(exec(json!({ "cmd": "id", "args": ["-un"] })).await.1["stdout"], "root\n");
-    assert_eq!(exec(json!({ "cmd": "id", "args": ["-un"], "user": "nobody", "cwd": "/" })).await.1["stdout"], "nobody\n");
+    assert_eq!(
+        exec(json!({ "cmd": "id", "args": ["-un"], "user": "nobody", "cwd": "/" })).await.1["stdout"],
+        "nobody\n"
+    );
     let message = refused(exec(json!({ "cmd": "id", "user": "stranger" })).await, 400, ErrorCode::InvalidRequest);
     assert!(message.contains("user `stranger`"), "{message}");
 }
@@ -109,7 +112,8 @@ async fn background_processes_live_on(world: World) {
     assert_eq!(named["tag"], "mine");
     // The limit of a foreground command is not theirs.
     world.post(&path, json!({ "cmd": "sleep", "args": ["2"] })).await;
-    let listed = |answer: &Value| json!({ "pid": answer["pid"], "tag": answer["tag"], "cmd": "sleep", "args": ["1000"] });
+    let listed =
+        |answer: &Value| json!({ "pid": answer["pid"], "tag": answer["tag"], "cmd": "sleep", "args": ["1000"] });
     let (status, list) = world.get(&format!("/v1/capsules/{id}/processes")).await;
     assert_eq!((status, list), (StatusCode::OK, json!({ "processes": [listed(&started), listed(&named)] })));
 }

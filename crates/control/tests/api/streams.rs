@@ -61,7 +61,8 @@ async fn output_comes_as_it_is_written(world: World) {
     // Another joins, by pid and by tag, and finds what was there.
     let mut others = Vec::new();
     for selector in [start["pid"].to_string(), "mine".to_owned()] {
-        let mut other = Socket::open(&world, id, &format!("processes/{selector}/stream"), json!({ "type": "stop" })).await;
+        let mut other =
+            Socket::open(&world, id, &format!("processes/{selector}/stream"), json!({ "type": "stop" })).await;
         assert_eq!(other.told().await.1, start);
         others.push(other);
     }
@@ -121,7 +122,8 @@ async fn a_stop_and_a_departure_leave_the_process(world: World) {
 
 async fn limits_and_refusals_are_messages(world: World) {
     let id = world.capsule().await;
-    let mut socket = stream(&world, id, json!({ "type": "start", "cmd": "sleep", "args": ["1000"], "timeout_sec": 1 })).await;
+    let mut socket =
+        stream(&world, id, json!({ "type": "start", "cmd": "sleep", "args": ["1000"], "timeout_sec": 1 })).await;
     socket.told().await;
     socket.fails("timeout", true).await;
     world.until_idle(id).await;
