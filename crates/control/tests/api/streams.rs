@@ -112,7 +112,7 @@ async fn a_stop_and_a_departure_leave_the_process(world: World) {
     let mut stopped = stream(&world, id, sleep("a")).await;
     stopped.told().await;
     stopped.say(json!({ "type": "stop" })).await;
-    assert!(futures::StreamExt::next(&mut stopped.0).await.is_none_or(|end| end.is_err() || end.unwrap().is_close()));
+    stopped.closes().await;
     let mut left = stream(&world, id, sleep("b")).await;
     left.told().await;
     drop(left);
