@@ -1,5 +1,6 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
+use crate::files::http as files;
 use crate::metrics::Metrics;
 use crate::settings::{Applied, Settings};
 use crate::{VERSION, clock, filesystem, process};
@@ -42,6 +43,7 @@ pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service,
         .route(INIT, post(init))
         .route("/envs", get(envs))
         .route("/metrics", get(metrics))
+        .merge(files::router(Arc::clone(&context.settings), files::IDLE))
         .route_service("/process.Process/{method}", connect.clone())
         .route_service("/filesystem.Filesystem/{method}", connect)
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
@@ -50,9 +52,12 @@ pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service,
         .with_state(context)
 }
 
-/// Once a token is set, everything needs it but the two paths that must work without.
+/// Once a token is set, everything needs it but the paths that must work without, and the one that checks for itself.
 async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, next: Next) -> Response {
-    let open = matches!((request.method(), request.uri().path()), (&Method::GET, HEALTH) | (&Method::POST, INIT));
+    let open = matches!(
+        (request.method(), request.uri().path()),
+        (&Method::GET, HEALTH) | (&Method::POST, INIT) | (&Method::GET | &Method::HEAD | &Method::POST, files::PATH)
+    );
     let token = request.headers().get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
     if open || settings.admits(token) {
         next.run(request).await

@@ -8,6 +8,7 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod files;
 pub mod filesystem;
 pub mod http;
 pub mod init;

@@ -1,6 +1,8 @@
 //! envd as its clients see it: a real binary, driven over its real wire.
 
+mod entries;
 mod files;
+mod files_disk;
 mod harness;
 mod http;
 mod init;

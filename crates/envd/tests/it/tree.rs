@@ -1,6 +1,6 @@
 //! Whatever a tree looks like, envd says of it what `find`, `stat` and `readlink` say.
 
-use crate::files::{files_in, list, stat, text};
+use crate::entries::{files_in, list, stat, text};
 use crate::harness::Envd;
 use connectrpc::CodecFormat;
 use guest_api::filesystem::{EntryInfo, FileType};

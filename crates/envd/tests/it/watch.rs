@@ -1,6 +1,6 @@
 //! Watching directories, by stream and by asking.
 
-use crate::files::{Files, files, files_in, text};
+use crate::entries::{Files, files, files_in, text};
 use crate::harness::*;
 use connectrpc::client::{CallOptions, ClientTransport, HttpClient, ServerStream};
 use connectrpc::{CodecFormat, ConnectError, ErrorCode};
