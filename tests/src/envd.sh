@@ -4,7 +4,7 @@
 # TREE, the default template's root file system, is read-only and shared; what may be written is below DIR.
 set -euo pipefail
 tree=$1 dir=$2 envd=$3 address=$4 gateway=$5
-root=$dir/root
+root=$dir/machine
 mkdir -p "$root"
 mount --bind "$tree" "$root"
 mount -o remount,bind,ro "$root"
