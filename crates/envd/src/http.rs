@@ -1,9 +1,8 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
 use crate::metrics::Metrics;
-use crate::process::rpc::Service;
 use crate::settings::{Applied, Settings};
-use crate::{VERSION, clock};
+use crate::{VERSION, clock, filesystem, process};
 use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
@@ -31,19 +30,20 @@ pub struct Context {
 }
 
 /// The whole server as one router.
-pub fn router(service: Service, context: Context) -> Router {
+pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service, context: Context) -> Router {
     let limits =
         Limits::default().with_max_message_size(MESSAGE_BYTES).with_max_request_body_size(MESSAGE_BYTES + 1024);
     // The host is one hop away: compressing would cost a slow guest far more than it saves.
-    let process = ConnectRpcService::new(connectrpc::Router::new().add_service(Arc::new(service)))
-        .with_compression_policy(CompressionPolicy::disabled())
-        .with_limits(limits);
+    let services = connectrpc::Router::new().add_service(Arc::new(processes)).add_service(Arc::new(files));
+    let connect =
+        ConnectRpcService::new(services).with_compression_policy(CompressionPolicy::disabled()).with_limits(limits);
     Router::new()
         .route(HEALTH, get(health))
         .route(INIT, post(init))
         .route("/envs", get(envs))
         .route("/metrics", get(metrics))
-        .route_service("/process.Process/{method}", process)
+        .route_service("/process.Process/{method}", connect.clone())
+        .route_service("/filesystem.Filesystem/{method}", connect)
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed") })
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&context.settings), authenticate))

@@ -8,8 +8,10 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod filesystem;
 pub mod http;
 pub mod init;
+pub mod metadata;
 pub mod metrics;
 pub mod path;
 pub mod process;

@@ -6,13 +6,13 @@
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
-/// Messages, client and service trait, generated from `proto/process/process.proto`.
+/// Messages, client and service trait, generated from `proto/filesystem` and `proto/process`.
 #[allow(missing_docs, clippy::all, dead_code)]
 pub mod proto {
     connectrpc::include_generated!("contract.rs");
 }
 
-pub use proto::process;
+pub use proto::{filesystem, process};
 
 /// The TCP port envd listens on inside a capsule.
 pub const PORT: u16 = 49983;
