@@ -1,5 +1,6 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
+use crate::files::http as files;
 use crate::metrics::Metrics;
 use crate::settings::{Applied, Settings};
 use crate::{VERSION, clock, filesystem, process};
@@ -44,15 +45,19 @@ pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service,
         .route("/metrics", get(metrics))
         .route_service("/process.Process/{method}", connect.clone())
         .route_service("/filesystem.Filesystem/{method}", connect)
+        .merge(files::router(Arc::clone(&context.settings), files::IDLE))
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed") })
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&context.settings), authenticate))
         .with_state(context)
 }
 
-/// Once a token is set, everything needs it but the two paths that must work without.
+/// Once a token is set, everything needs it but the paths that must work without, and the one that checks for itself.
 async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, next: Next) -> Response {
-    let open = matches!((request.method(), request.uri().path()), (&Method::GET, HEALTH) | (&Method::POST, INIT));
+    let open = matches!(
+        (request.method(), request.uri().path()),
+        (&Method::GET, HEALTH) | (&Method::POST, INIT) | (&Method::GET | &Method::HEAD | &Method::POST, files::PATH)
+    );
     let token = request.headers().get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
     if open || settings.admits(token) {
         next.run(request).await

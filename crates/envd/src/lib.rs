@@ -9,6 +9,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod filesystem;
+pub mod files;
 pub mod http;
 pub mod init;
 pub mod metadata;

@@ -1,5 +1,7 @@
 //! envd as its clients see it: a real binary, driven over its real wire.
 
+mod files;
+mod files_disk;
 mod harness;
 mod http;
 mod init;
