@@ -8,8 +8,8 @@
 
 pub mod cgroup;
 pub mod clock;
-pub mod filesystem;
 pub mod files;
+pub mod filesystem;
 pub mod http;
 pub mod init;
 pub mod metadata;

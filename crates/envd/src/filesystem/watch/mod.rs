@@ -4,8 +4,9 @@
 //! them:
 //!
 //! - A new directory gets a watch only after it exists, so what is in it by then was made unseen. It is read, and told of as
-//!   if it had been seen, unless the kernel will tell of it too: everything the kernel has to say at that moment is in
-//!   [`Watch::pending`] and can be asked.
+//!   if it had been seen, unless the kernel will tell of it too: everything the kernel has to say at that moment is pending,
+//!   and can be asked. For names that is exact, since the kernel tells of them before it shows them; a file that is written
+//!   to at that very moment may be told written twice.
 //! - A directory that moves within the tree keeps its watches; they get its new name. One that leaves takes them off.
 //! - A watched directory speaks for itself and is spoken of by its parent. Only the parent is heard, but for the root.
 //!
@@ -123,13 +124,15 @@ impl Watch {
     pub fn new(target: Target) -> Result<Watch, Error> {
         let root = &target.root;
         let shown = || root.display().to_string();
+        let failed = |error: Errno| Error::Watch { path: shown(), source: error.into() };
+        // First, since a dead server would keep everything else waiting.
+        let on_network = is_on_network(root).map_err(|error| operations::Error::new("watch", root, error.into()))?;
+        if on_network && !target.allow_network_mounts {
+            return Err(Error::Network(shown()));
+        }
         let metadata = std::fs::metadata(root).map_err(|error| operations::Error::new("watch", root, error))?;
         if !metadata.is_dir() {
             return Err(operations::Error::NotDirectory(shown()).into());
-        }
-        let failed = |error: Errno| Error::Watch { path: shown(), source: error.into() };
-        if !target.allow_network_mounts && is_on_network(root).map_err(failed)? {
-            return Err(Error::Network(shown()));
         }
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|error| match error {
             Errno::MFILE => Error::Limit(error.into()),
@@ -299,18 +302,19 @@ impl Watch {
         while let Some((watch, path)) = todo.pop() {
             let full = self.target.root.join(&path);
             let follow = if path.as_os_str().is_empty() { OFlags::empty() } else { OFlags::NOFOLLOW };
-            let found = names(&full, follow).unwrap_or_default();
+            let described = |name: OsString| (std::fs::symlink_metadata(full.join(&name)).ok(), name);
+            let found: Vec<_> = names(&full, follow).unwrap_or_default().into_iter().map(described).collect();
+            // Only now: what was found and comes from after the watch began has been told by the kernel.
             self.drain();
             let mut said = if origin == Origin::Before { HashMap::new() } else { self.said(watch) };
             let mut below = Vec::new();
-            for name in found {
+            for (metadata, name) in found {
                 let said = said.remove(&name).unwrap_or_default();
                 // The kernel will tell of it, and of all that follows from it.
                 if said.came_first == Some(true) {
                     continue;
                 }
                 let path = path.join(name);
-                let metadata = std::fs::symlink_metadata(self.target.root.join(&path)).ok();
                 if origin != Origin::Before {
                     changes.push(Change { kind: EventType::EVENT_TYPE_CREATE, path: path.clone() });
                     let written = metadata.as_ref().is_some_and(|metadata| metadata.is_file() && metadata.len() > 0);
@@ -414,6 +418,3 @@ impl Watch {
         });
     }
 }
-
-#[cfg(test)]
-mod tests;
