@@ -2,9 +2,22 @@
 
 use end_to_end::{Sdk, Up};
 
-#[test]
-fn the_wrenn_package_works() {
+fn passes(file: &str) {
     let up = Up::start();
-    let env = [("WRENN_BASE_URL", up.url()), ("WRENN_API_KEY", up.api_key())];
-    Sdk::Python.test("test_wrenn.py", &env);
+    Sdk::Python.test(file, &[("WRENN_BASE_URL", up.url()), ("WRENN_API_KEY", up.api_key())]);
+}
+
+#[test]
+fn capsules() {
+    passes("test_wrenn.py");
+}
+
+#[test]
+fn what_is_done_in_a_capsule() {
+    passes("test_wrenn_guest.py");
+}
+
+#[test]
+fn git() {
+    passes("test_wrenn_git.py");
 }
