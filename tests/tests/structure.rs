@@ -26,7 +26,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("control", &["agent-api", "api", "guest-api", "lifecycle"]),
     ("wrenn", &["agent", "agent-api", "api", "control", "vmm"]),
     ("testkit", &["agent-api", "api", "guest-api", "proxy"]),
-    ("end-to-end", &["agent-api", "api", "testkit"]),
+    ("end-to-end", &["agent-api", "api", "guest-api", "testkit"]),
     ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk"]),
 ];
 

@@ -15,9 +15,13 @@ use axum::{Json, Router};
 use connectrpc::{CompressionPolicy, ConnectRpcService, Limits};
 use guest_api::{ACCESS_TOKEN_HEADER, Health, HttpError, Init, VERSION_HEADER};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The largest Connect message: what a caller may send as input at once. Bytes.
 const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// How long, and how much of, a request's body is read that is refused whatever it says.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+const REFUSED_BYTES: usize = 64 * 1024;
 const HEALTH: &str = "/health";
 const INIT: &str = "/init";
 
@@ -62,6 +66,8 @@ async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, n
     if open || settings.admits(token) {
         next.run(request).await
     } else {
+        // A caller still busy sending would see a broken connection in place of the answer.
+        let _ = tokio::time::timeout(REFUSED_FOR, axum::body::to_bytes(request.into_body(), REFUSED_BYTES)).await;
         error(StatusCode::UNAUTHORIZED, "missing or wrong access token")
     }
 }

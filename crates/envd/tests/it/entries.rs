@@ -184,7 +184,7 @@ async fn links_are_described_with_what_they_lead_to() {
     let parent = root.path().parent().unwrap();
     for (name, target) in [("dangling", text(&parent.join("gone/x"))), ("cycle", at("cycle"))] {
         let link = stat(&files, &at(name)).await.unwrap();
-        assert_eq!((link.r#type, link.mode), (FileType::FILE_TYPE_UNSPECIFIED.into(), 0));
+        assert_eq!((link.r#type, link.mode), (FileType::FILE_TYPE_SYMLINK.into(), 0));
         assert_eq!((link.is_symlink, link.symlink_target), (true, Some(target)));
     }
     let paths = |entries: Vec<EntryInfo>| entries.into_iter().map(|entry| entry.path).collect::<Vec<_>>();

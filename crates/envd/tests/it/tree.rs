@@ -132,6 +132,7 @@ fn facts(root: &Path) -> Vec<Fact> {
         let kind = match kind.as_str() {
             "f" | "regular file" | "regular empty file" => FileType::FILE_TYPE_FILE,
             "d" | "directory" => FileType::FILE_TYPE_DIRECTORY,
+            "nothing" => FileType::FILE_TYPE_SYMLINK,
             _ => FileType::FILE_TYPE_UNSPECIFIED,
         };
         Fact {
