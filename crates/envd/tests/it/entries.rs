@@ -137,6 +137,26 @@ async fn removing_takes_everything_inside_and_minds_nothing_absent() {
 }
 
 #[tokio::test]
+async fn a_tree_deeper_than_descriptors_and_paths_go_is_removed() {
+    use rustix::fs::{Mode, OFlags, mkdirat, openat};
+    let envd = Envd::start();
+    let files = files(&envd);
+    let root = tempfile::tempdir().unwrap();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut at = rustix::fs::open(root.path(), flags, Mode::empty()).unwrap();
+    for _ in 0..3000 {
+        mkdirat(&at, "deep", Mode::RWXU).unwrap();
+        openat(&at, "file", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU).unwrap();
+        at = openat(&at, "deep", flags, Mode::empty()).unwrap();
+    }
+    // Beyond what a path can name there are entries without descriptions, but no error.
+    let entries = list(&files, &text(root.path()), u32::MAX).await.unwrap();
+    assert!(entries.len() > 1000, "{}", entries.len());
+    remove(&files, &text(&root.path().join("deep"))).await.unwrap();
+    assert!(!root.path().join("deep").exists());
+}
+
+#[tokio::test]
 async fn links_are_described_with_what_they_lead_to() {
     let envd = Envd::start();
     let files = files(&envd);
