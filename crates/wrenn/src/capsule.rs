@@ -1,10 +1,16 @@
 //! `wrenn capsule`: capsules over the REST API.
 
+mod cp;
 mod create;
 mod exec;
+mod follow;
+mod kill;
 mod list;
+mod logs;
+mod ps;
 mod rm;
 mod shell;
+mod stdio;
 
 use std::process::ExitCode;
 
@@ -32,13 +38,17 @@ enum Verb {
     List(list::List),
     Exec(exec::Exec),
     Shell(shell::Shell),
+    Cp(cp::Cp),
+    Ps(ps::Ps),
+    Kill(kill::Kill),
+    Logs(logs::Logs),
     Rm(rm::Rm),
 }
 
 impl CapsuleCommand {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         let client = match self.server.client() {
-            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_)) => return Ok(exec::not_run(&error)),
+            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_) | Verb::Logs(_)) => return Ok(exec::not_run(&error)),
             client => client?,
         };
         match self.verb {
@@ -46,6 +56,10 @@ impl CapsuleCommand {
             Verb::List(list) => list.run(&client, self.json).await,
             Verb::Exec(exec) => exec.run(&client, self.json).await,
             Verb::Shell(shell) => Ok(shell.run(&client).await),
+            Verb::Cp(cp) => cp.run(&client).await,
+            Verb::Ps(ps) => ps.run(&client, self.json).await,
+            Verb::Kill(kill) => kill.run(&client).await,
+            Verb::Logs(logs) => logs.run(&client).await,
             Verb::Rm(rm) => rm.run(&client, self.json).await,
         }
     }
