@@ -48,7 +48,9 @@ enum Verb {
 impl CapsuleCommand {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         let client = match self.server.client() {
-            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_) | Verb::Logs(_)) => return Ok(exec::not_run(&error)),
+            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_) | Verb::Logs(_)) => {
+                return Ok(exec::not_run(&error));
+            }
             client => client?,
         };
         match self.verb {
@@ -103,6 +105,8 @@ mod tests {
         assert!(!parses(&["exec", ID, "--timeout", "0", "env"]));
         assert!(!parses(&["exec", ID, "--timeout", "5", "--background", "env"]));
         assert!(!parses(&["exec", "cl-1", "env"]));
+        assert!(parses(&["exec", "-it", ID, "vim", "-R", "x"]) && parses(&["exec", "-i", ID, "cat"]));
+        assert!(!parses(&["exec", "-it", "--background", ID, "vim"]) && !parses(&["exec", "--json", "-i", ID, "cat"]));
     }
 
     #[test]
@@ -126,6 +130,9 @@ mod tests {
         assert!(!parses(&["shell"]) && !parses(&["shell", ID, "top"]));
         assert!(parses(&["rm", ID, ID]));
         assert!(!parses(&["rm"]));
+        assert!(parses(&["cp", "-", &format!("{ID}:/x")]) && !parses(&["cp", "a"]) && !parses(&["cp", "cl-1:/x", "a"]));
+        assert!(parses(&["kill", ID, "7", "tag", "-s", "SIGTERM"]) && !parses(&["kill", ID, "7", "-s", "TERM"]));
+        assert!(parses(&["logs", "-f", ID, "7"]) && !parses(&["logs", ID]) && parses(&["ps", ID]));
         // 2^128, which is no id.
         assert!(!parses(&["rm", "cl-f5lxx1zz5pnorynqglhzmsp34"]));
         assert_eq!(pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));

@@ -8,8 +8,8 @@ use api::{
     ExecStarted, FilePath, ProcessList, Signal,
 };
 use clap::Args;
-use reqwest::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
+use reqwest::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use reqwest::multipart::{Form, Part};
 use reqwest::{Body, Method, RequestBuilder, Response, StatusCode, Upgraded};
 use serde::de::DeserializeOwned;

@@ -140,9 +140,7 @@ async fn is_directory(client: &Client, id: CapsuleId, path: &str) -> Result<bool
         None => ("", trimmed),
     };
     match client.list_directory(id, parent).await {
-        Ok(listing) => {
-            Ok(listing.entries.iter().any(|entry| entry.name == name && entry.kind == FileKind::Directory))
-        }
+        Ok(listing) => Ok(listing.entries.iter().any(|entry| entry.name == name && entry.kind == FileKind::Directory)),
         // A parent that is not there is made, or refused, by the copy itself.
         Err(error) if error.downcast_ref::<Refused>().is_some_and(|refused| refused.code == ErrorCode::NotFound) => {
             Ok(false)

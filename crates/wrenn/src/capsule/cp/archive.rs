@@ -89,7 +89,8 @@ fn pack(directory: &Path, pieces: mpsc::Sender<io::Result<Bytes>>) -> io::Result
     let failed = pieces.clone();
     let mut archive = tar::Builder::new(io::BufWriter::with_capacity(super::PIECE, Pieces(pieces)));
     archive.follow_symlinks(false);
-    let packed = archive.append_dir_all(".", directory).and_then(|()| archive.into_inner()).and_then(|mut out| out.flush());
+    let packed =
+        archive.append_dir_all(".", directory).and_then(|()| archive.into_inner()).and_then(|mut out| out.flush());
     match packed {
         // The server refused, and says why itself.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
