@@ -57,6 +57,16 @@ impl FilePath {
     }
 }
 
+/// The parts of an upload. `path` comes first.
+#[derive(Debug, Clone, ToSchema)]
+pub struct FileForm {
+    /// Where the file goes.
+    pub path: String,
+    /// What is to be in it.
+    #[schema(value_type = String, format = Binary)]
+    pub file: Vec<u8>,
+}
+
 /// Names a directory, and how far to look into it.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Depth {

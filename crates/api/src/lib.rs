@@ -20,7 +20,7 @@ pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, Status};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use event::{Actor, ActorKind, Event, EventName, Resource};
 pub use exec::{Encoding, Exec, ExecResult, ExecSpec, ExecStarted};
-pub use file::{Depth, DirectoryEntries, FileEntry, FileKind, FilePath, MadeDirectory};
+pub use file::{Depth, DirectoryEntries, FileEntry, FileForm, FileKind, FilePath, MadeDirectory};
 pub use id::{CapsuleId, HostId, KeyId, TeamId};
 pub use limits::Invalid;
 pub use metrics::{CapsuleMetrics, MetricsRange, Point};

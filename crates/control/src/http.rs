@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod exec;
 mod files;
+mod leftover;
 mod meta;
 mod metrics;
 mod processes;
@@ -79,6 +80,7 @@ pub fn router(app: App) -> Router {
         .merge(routes.clone())
         .nest("/api", routes)
         .fallback(nowhere)
+        .layer(axum::middleware::map_request(leftover::read_on))
         // Bodies are bounded by the extractor, which answers in JSON.
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(panicked))

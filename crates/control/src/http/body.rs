@@ -1,19 +1,12 @@
 //! JSON bodies: bounded, and refused with the name of the field that is wrong.
 
-use std::time::Duration;
-
 use api::{ErrorCode, limits};
-use axum::body::BodyDataStream;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_LENGTH;
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
-use tokio::time::timeout;
 
 use super::error::Error;
-
-/// How long to wait for more of a body that is only read to be thrown away.
-pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A JSON body of at most [`limits::JSON_BODY_BYTES`], whatever content type it claims.
 pub struct Json<T>(pub T);
@@ -47,17 +40,10 @@ async fn read(request: Request) -> Result<Vec<u8>, Error> {
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| Error::new(ErrorCode::InvalidRequest, "the body ended before its end"))?;
         if bytes.len() + chunk.len() > limits::JSON_BODY_BYTES {
-            discard(stream);
             let message = format!("a JSON body must be at most {} bytes long", limits::JSON_BODY_BYTES);
             return Err(Error::new(ErrorCode::TooLarge, message));
         }
         bytes.extend_from_slice(&chunk);
     }
     Ok(bytes)
-}
-
-/// Reads what else the client sends, beside the answer, and throws it away: a client that writes before it reads gets to see
-/// the answer.
-pub fn discard(mut stream: BodyDataStream) {
-    tokio::spawn(async move { while let Ok(Some(Ok(_))) = timeout(PATIENCE, stream.next()).await {} });
 }

@@ -1,28 +1,18 @@
 //! `/v1/capsules/{id}/files`
 
-use api::{Depth, DirectoryEntries, ErrorBody, FilePath, MadeDirectory, limits};
+use api::{Depth, DirectoryEntries, ErrorBody, FileForm, FilePath, MadeDirectory, limits};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
-use utoipa::ToSchema;
 
 use super::answers::{InCapsule, OfGuest};
 use super::caller::Guest;
 use super::error::Error;
 use super::{body, upload};
 use crate::op::{self, files};
-
-/// A file and where it goes. `path` comes first.
-#[derive(ToSchema)]
-#[allow(dead_code, reason = "only described: what is uploaded is never held")]
-struct FileForm {
-    path: String,
-    #[schema(value_type = String, format = Binary)]
-    file: Vec<u8>,
-}
 
 /// List a directory
 ///

@@ -31,7 +31,7 @@ pub struct Client {
     pub from: From,
 }
 
-/// How a session ended: with its last message, or because the client left.
+/// How a session ended: with its last message, or because the client wants no more.
 pub type Ended = Result<Option<Message>, Error>;
 
 /// Bytes of one message from a client.
@@ -92,7 +92,7 @@ struct Told {
 
 impl Socket {
     /// Upgrades, lets the client in, and has `session` work with it. What the session ends with is the last message; an error
-    /// is told as a fatal one. `None` means that the client has left.
+    /// is told as a fatal one. `None` means that there is nobody to tell, or nothing.
     pub fn open<S>(self, session: S) -> Response
     where
         S: for<'a> FnOnce(App, db::capsule::Capsule, &'a mut Client) -> BoxFuture<'a, Ended> + Send + 'static,
@@ -106,9 +106,7 @@ impl Socket {
                 Ok(None) => Ok(None),
                 Err(error) => Err(error),
             };
-            if let Some(last) = ended.unwrap_or_else(|error| Some(told(error, true))) {
-                farewell(last, client).await;
-            }
+            farewell(ended.unwrap_or_else(|error| Some(told(error, true))), client).await;
         };
         upgrade.max_message_size(MESSAGE).max_frame_size(MESSAGE).on_upgrade(attend)
     }
@@ -156,9 +154,11 @@ async fn text_from(from: &mut From) -> Result<Option<String>, Binary> {
     }
 }
 
-async fn farewell(last: Message, Client { mut to, mut from }: Client) {
+async fn farewell(last: Option<Message>, Client { mut to, mut from }: Client) {
     let farewell = async {
-        to.send(last).await?;
+        if let Some(last) = last {
+            to.send(last).await?;
+        }
         to.send(Message::Close(Some(CloseFrame { code: close_code::NORMAL, reason: "".into() }))).await?;
         // What the client still says must be read: closing on unread bytes would take our last message away from it.
         while let Some(Ok(_)) = from.next().await {}

@@ -1,8 +1,8 @@
 //! Uploads: a multipart body whose `path` says where its `file` goes, carried on as it comes.
 //!
-//! A task of its own reads the client, to the end of what it sends, whatever becomes of the file: a client that writes before it
-//! reads gets to see why it was refused. The file's bytes go through a queue of a few pieces, so a slow guest slows its client.
-//! Only a file that came whole ends as one; anything else breaks off, and the guest keeps nothing of it.
+//! A task of its own reads the client, so that the guest's answer is heard at any time. The file's bytes go through a queue of a
+//! few pieces: a slow guest slows its client. Only a file that came whole ends as one; anything else breaks off, and the guest
+//! keeps nothing of it.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -16,21 +16,21 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use bytes::Bytes;
 use connectrpc::ConnectError;
 use connectrpc::client::ClientBody;
+use futures::{Stream, StreamExt};
 use http_body_util::combinators::BoxBody;
 use hyper::body::{Body, Frame};
 use multer::{Field, Multipart};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::body;
 use super::error::Error;
 
 /// Pieces of a file that may wait for the guest.
 const QUEUE: usize = 4;
 /// Bytes of a multipart body beside the file: the path, and what frames them.
 const FRAMING: u64 = 64 * 1024;
-/// How long a client may pause in the middle of a file.
-const IDLE: Duration = Duration::from_secs(10 * 60);
+/// How long a client may pause. The guest gives an upload up before that.
+const IDLE: Duration = Duration::from_secs(90);
 
 /// A file on its way.
 pub struct Upload {
@@ -65,31 +65,18 @@ pub async fn open(request: Request, limit: Option<u64>) -> Result<Upload, Error>
     let boundary =
         request.headers().get(CONTENT_TYPE).and_then(|kind| multer::parse_boundary(kind.to_str().ok()?).ok());
     let stream = request.into_body().into_data_stream();
-    let refuse = |stream: BodyDataStream, error| {
-        body::discard(stream);
-        Err(error)
-    };
-    let Some(boundary) = boundary else {
-        return refuse(stream, invalid("the body must be multipart/form-data with a boundary"));
-    };
+    let boundary = boundary.ok_or_else(|| invalid("the body must be multipart/form-data with a boundary"))?;
     if let (Some(limit), Some(claimed)) = (limit, claimed)
         && claimed > limit + FRAMING
     {
-        return refuse(stream, Error::new(ErrorCode::TooLarge, too_large(limit)));
+        return Err(Error::new(ErrorCode::TooLarge, too_large(limit)));
     }
-    let mut parts = Multipart::new(stream, boundary);
-    match head(&mut parts).await {
-        Ok((path, file)) => {
-            let (to, pieces) = mpsc::channel(QUEUE);
-            let broken = Broken::default();
-            tokio::spawn(carry(parts, file, limit, to, broken.clone()));
-            Ok(Upload { path, body: BoxBody::new(Pieces { pieces, whole: false }), broken })
-        }
-        Err(error) => {
-            tokio::spawn(drain(parts));
-            Err(error)
-        }
-    }
+    let mut parts = Multipart::new(impatient(stream), boundary);
+    let (path, file) = head(&mut parts).await?;
+    let (to, pieces) = mpsc::channel(QUEUE);
+    let broken = Broken::default();
+    tokio::spawn(carry(file, limit, to, broken.clone()));
+    Ok(Upload { path, body: BoxBody::new(Pieces { pieces, whole: false }), broken })
 }
 
 fn invalid(message: impl Into<String>) -> Error {
@@ -140,52 +127,50 @@ enum Piece {
     End,
 }
 
-/// Carries the file to its end, and reads on to the end of the body.
-async fn carry(
-    parts: Multipart<'static>,
-    mut file: Field<'static>,
-    limit: Option<u64>,
-    to: mpsc::Sender<Piece>,
-    broken: Broken,
-) {
+/// Carries the file to its end.
+async fn carry(mut file: Field<'static>, limit: Option<u64>, to: mpsc::Sender<Piece>, broken: Broken) {
     let mut size: u64 = 0;
     loop {
-        match timeout(IDLE, file.chunk()).await {
-            Ok(Ok(Some(bytes))) => {
+        let chunk = tokio::select! {
+            chunk = file.chunk() => chunk,
+            // The guest has answered already, and wants no more.
+            () = to.closed() => return,
+        };
+        let piece = match chunk {
+            Ok(Some(bytes)) => {
                 size += bytes.len() as u64;
                 if let Some(limit) = limit.filter(|limit| size > *limit) {
-                    broken.with(ErrorCode::TooLarge, too_large(limit));
-                    break;
+                    return broken.with(ErrorCode::TooLarge, too_large(limit));
                 }
-                if to.send(Piece::Bytes(bytes)).await.is_err() {
-                    // The guest has answered already, and wants no more.
-                    break;
-                }
+                Piece::Bytes(bytes)
             }
-            Ok(Ok(None)) => {
-                // Nobody to tell: the guest has answered already.
-                let _ = to.send(Piece::End).await;
-                break;
-            }
-            Ok(Err(error)) => {
-                broken.with(ErrorCode::InvalidRequest, format!("the body breaks off: {error}"));
-                break;
-            }
-            Err(_) => {
-                broken.with(ErrorCode::InvalidRequest, format!("nothing came for {} seconds", IDLE.as_secs()));
-                return;
-            }
+            Ok(None) => Piece::End,
+            Err(error) => return broken.with(ErrorCode::InvalidRequest, format!("the body breaks off: {error}")),
+        };
+        let whole = matches!(piece, Piece::End);
+        if to.send(piece).await.is_err() || whole {
+            return;
         }
     }
-    drop((to, file));
-    drain(parts).await;
 }
 
-/// Reads on to the end of the body, as long as something comes.
-async fn drain(mut parts: Multipart<'static>) {
-    while let Ok(Ok(Some(mut part))) = timeout(body::PATIENCE, parts.next_field()).await {
-        while let Ok(Ok(Some(_))) = timeout(body::PATIENCE, part.chunk()).await {}
-    }
+/// The body of a client that must not pause for long.
+fn impatient(body: BodyDataStream) -> impl Stream<Item = Result<Bytes, Stalled>> + Send + 'static {
+    futures::stream::unfold(body, |mut body| async {
+        match timeout(IDLE, body.next()).await {
+            Ok(next) => Some((next?.map_err(Stalled::Broken), body)),
+            Err(_) => Some((Err(Stalled::Idle), body)),
+        }
+    })
+}
+
+/// Why no more comes from a client.
+#[derive(Debug, thiserror::Error)]
+enum Stalled {
+    #[error("nothing came for {} seconds", IDLE.as_secs())]
+    Idle,
+    #[error("the connection broke")]
+    Broken(#[source] axum::Error),
 }
 
 /// The file as the body of a request to the guest.

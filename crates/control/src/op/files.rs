@@ -104,7 +104,9 @@ async fn refused(guest: &Guest, response: Response<Incoming>, path: &str) -> Err
     let message = message.unwrap_or_else(|_| format!("the guest answers {status}"));
     match status {
         StatusCode::NOT_FOUND => Error::NoFile(path.into()),
-        StatusCode::BAD_REQUEST => Error::Refused(format!("path `{path}`: {message}")),
+        StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN | StatusCode::REQUEST_TIMEOUT => {
+            Error::Refused(format!("path `{path}`: {message}"))
+        }
         StatusCode::INSUFFICIENT_STORAGE => Error::DiskFull,
         _ => guest.failed(ConnectError::internal(message)),
     }
