@@ -103,7 +103,7 @@ fn check(snapshot: &Snapshot, memory: &[u8]) {
     assert!(read == memory, "the memory is another");
 }
 
-const GO_ON: AtomicBool = AtomicBool::new(false);
+static GO_ON: AtomicBool = AtomicBool::new(false);
 
 #[derive(Debug, Clone)]
 enum Step {
