@@ -163,6 +163,8 @@ fn run(dir: &Path, at: usize) -> (usize, bool) {
     let mut child = command.spawn().unwrap();
     let pid = child.id() as i32;
     let is_killed = trace(pid, at);
+    // It was waited for as a tracee already.
+    assert!(child.wait().is_err());
     let mut out = String::new();
     child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
     let done = out.lines().filter_map(|line| line.strip_prefix('@')).next_back();
