@@ -450,6 +450,36 @@ fn a_diff_that_is_no_memory_is_refused_and_changes_nothing() {
     guest.check(&machine.store);
 }
 
+/// A tmpfs of huge pages, unmounted when dropped.
+struct Huge(tempfile::TempDir);
+
+impl Huge {
+    fn mount() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", dir.path(), "tmpfs", flags, Some(c"huge=always")).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for Huge {
+    fn drop(&mut self) {
+        rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_diff_whose_holes_are_not_as_fine_as_pages_is_refused() {
+    // One byte makes 2 MiB of data there: packed, it would turn the pages around it into zeros.
+    let machine = machine();
+    let huge = Huge::mount();
+    let diff = File::create_new(huge.0.path().join("diff")).unwrap();
+    diff.set_len(8 << 20).unwrap();
+    diff.write_all_at(&[1], 3_000_000).unwrap();
+    assert!(matches!(machine.store.pack(&diff, None), Err(Error::CoarseDiff(2_097_152))));
+    assert_eq!(machine.files(), 0);
+}
+
 #[test]
 fn a_failed_commit_leaves_the_header_that_was_there() {
     let machine = machine();
