@@ -26,8 +26,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("agent", &["agent-api", "api", "disk", "guest-api", "network", "proxy", "vmm"]),
     ("control", &["agent-api", "api", "guest-api", "lifecycle"]),
     ("wrenn", &["agent", "agent-api", "api", "control", "vmm"]),
-    ("testkit", &["agent-api", "api", "guest-api"]),
-    ("end-to-end", &["agent-api", "api", "testkit"]),
+    ("testkit", &["agent-api", "api", "guest-api", "proxy"]),
+    ("end-to-end", &["agent-api", "api", "guest-api", "testkit"]),
     ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk", "snapshot"]),
 ];
 

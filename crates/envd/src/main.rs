@@ -1,7 +1,7 @@
 //! The `envd` binary: arguments, then init if it is pid 1, then the server.
 
-use envd::process::{Processes, rpc::Service};
-use envd::{cgroup::Cgroups, http, init, metrics::Metrics, reaper::Reaper, settings::Settings};
+use envd::process::{self, Processes};
+use envd::{cgroup::Cgroups, filesystem, http, init, metrics::Metrics, reaper::Reaper, settings::Settings};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
@@ -88,7 +88,8 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool) -> Result<(), Error> {
         let reaper = Arc::new(Reaper::default());
         let settings = Arc::new(Settings::default());
         let processes = Arc::new(Processes::new(Arc::clone(&reaper), Arc::new(cgroups)));
-        let service = Service { processes, settings: Arc::clone(&settings) };
+        let processes = process::rpc::Service { processes, settings: Arc::clone(&settings) };
+        let files = filesystem::rpc::Service { settings: Arc::clone(&settings), watchers: Arc::default() };
         let context = http::Context { settings, metrics: Arc::new(Metrics::default()), owns_clock: is_init };
         let listener = tokio::net::TcpListener::from_std(listener).map_err(listen)?;
         if let Ok(address) = listener.local_addr() {
@@ -97,7 +98,7 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool) -> Result<(), Error> {
         tokio::select! {
             result = reaper.run() => result.map_err(Error::Signals),
             result = init::shut_down_on_signal(), if is_init => result.map_err(Error::Signals),
-            result = http::serve(listener, http::router(service, context)) => result.map_err(Error::Serve),
+            result = http::serve(listener, http::router(processes, files, context)) => result.map_err(Error::Serve),
         }
     })
 }

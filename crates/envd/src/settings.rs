@@ -60,6 +60,11 @@ impl Settings {
         }
     }
 
+    /// The token that requests must carry, if one is set.
+    pub fn token(&self) -> Option<String> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).token.clone()
+    }
+
     /// Takes over what `init` says, as a whole or not at all.
     pub fn apply(&self, init: Init) -> Result<Applied, Refused> {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);

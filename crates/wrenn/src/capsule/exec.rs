@@ -85,6 +85,7 @@ impl Exec {
             tag: None,
             envs: (!self.env.is_empty()).then(|| self.env.into_iter().collect()),
             cwd: self.cwd,
+            user: None,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Error, Result, anyhow, bail};
-use api::pty::{Answer, Request, Size, Start};
+use api::pty::{Answer, Encoding, Request, Size, Start};
 use api::{CapsuleId, ErrorCode};
 use bytes::Bytes;
 use clap::Args;
@@ -86,7 +86,7 @@ impl Shell {
                 socket = come_back(client, id, &mut session.tries, broken) => socket?,
                 signal = session.signals.next() => return Ok(128u8.saturating_add(signal)),
             };
-            hello = Request::Connect { tag };
+            hello = Request::Connect { tag, encoding: Encoding::Binary };
         }
     }
 
@@ -275,8 +275,8 @@ async fn listen(
             }
             Ok(Answer::Error { data, fatal: true, .. }) => bail!(data),
             Ok(Answer::Error { data, fatal: false, .. }) => eprint(&format!("{data}\r")),
-            // Of a newer server.
-            Err(_) => {}
+            // Text that was not asked for, and what only a newer server says.
+            Ok(Answer::Output { .. }) | Err(_) => {}
         }
     }
 }
