@@ -4,12 +4,16 @@
 mod envd;
 mod machine;
 mod sdk;
+mod split;
+mod terminal;
 mod up;
 
 pub use envd::Envd;
 pub use machine::Machine;
 pub use sdk::Sdk;
-pub use up::{Options, Up};
+pub use split::Split;
+pub use terminal::Terminal;
+pub use up::{Api, Options, Up};
 
 /// Where things that are made once per machine are kept.
 fn cache() -> std::path::PathBuf {
