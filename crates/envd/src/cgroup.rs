@@ -1,7 +1,7 @@
-//! Control groups: one for all users' work, whose memory ends before the machine's does, so that what runs away in it is
-//! killed before envd is starved, and which can be frozen as a whole; below it a parent per class of process, with a CPU
-//! weight, and a leaf for each process. envd itself, and what is tagged [`SYSTEM_TAG`], stays in the root group: no limit
-//! there, and a raised priority against all work together ([`crate::init`]).
+//! Control groups: one for all users' work, whose memory and tasks end before the machine's do, so that what runs away in
+//! it is killed or refused before envd is starved, and which can be frozen as a whole; below it a parent per class of
+//! process, with a CPU weight, and a leaf for each process. envd itself, and what is tagged [`SYSTEM_TAG`], stays in the
+//! root group: no limit there, and a raised priority against all work together ([`crate::init`]).
 //!
 //! The leaf has no controllers, so making one is cheap; it exists so that a timeout can kill all of a process's descendants,
 //! those that left its session included. A leaf whose descendants live on stays until they have gone.
@@ -88,6 +88,12 @@ impl Cgroups {
                 std::fs::write(work.join("memory.max"), work_memory(total).to_string())?;
             }
         }
+        if offers("pids") {
+            let kernel = |name: &str| std::fs::read_to_string(format!("/proc/sys/kernel/{name}"));
+            if let Some(all) = fewest(&[kernel("threads-max")?, kernel("pid_max")?]) {
+                std::fs::write(work.join("pids.max"), work_tasks(all).to_string())?;
+            }
+        }
         std::fs::write(work.join("cgroup.subtree_control"), wanted.join(" "))?;
         for class in Class::ALL {
             let directory = work.join(class.name());
@@ -145,6 +151,15 @@ fn work_memory(total: u64) -> u64 {
     total.saturating_sub((total / 16).clamp(*RESERVE.start(), *RESERVE.end()))
 }
 
+fn fewest(limits: &[String]) -> Option<u64> {
+    limits.iter().filter_map(|limit| limit.trim().parse().ok()).min()
+}
+
+/// How many of a machine's tasks users' work may have: envd must find one when it starts a process.
+fn work_tasks(all: u64) -> u64 {
+    (all - all / 10).max(1)
+}
+
 impl Leaf {
     /// Kills everything in the group.
     pub fn kill(&self) -> io::Result<()> {
@@ -179,6 +194,8 @@ mod tests {
         assert_eq!(total_memory("nothing"), None);
         assert_eq!(work_memory(128 << 20), 104 << 20);
         assert_eq!(work_memory(512 << 20), 480 << 20);
+        assert_eq!(fewest(&["3900\n".to_owned(), "32768".to_owned(), "odd".to_owned()]), Some(3900));
+        assert_eq!(work_tasks(3900), 3510);
         assert_eq!(work_memory(64 << 30), (64 << 30) - (256 << 20));
     }
 }

@@ -1,13 +1,13 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
-use crate::VERSION;
 use crate::cgroup::Cgroups;
 use crate::control::{self, INIT};
+use crate::files::http as files;
 use crate::metrics::Metrics;
 use crate::mmds::Mmds;
-use crate::process::rpc::Service;
 use crate::reaper::Reaper;
 use crate::settings::Settings;
+use crate::{VERSION, filesystem, process};
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
@@ -24,6 +24,9 @@ use tower_http::cors::{Any, CorsLayer};
 
 /// The largest Connect message: what a caller may send as input at once. Bytes.
 const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// How long, and how much of, a request's body is read that is refused whatever it says.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+const REFUSED_BYTES: usize = 64 * 1024;
 const HEALTH: &str = "/health";
 /// How long a browser may remember that it may call.
 const PREFLIGHT: Duration = Duration::from_secs(7200);
@@ -43,19 +46,21 @@ pub struct Context {
 }
 
 /// The whole server as one router.
-pub fn router(service: Service, context: Context) -> Router {
+pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service, context: Context) -> Router {
     let limits =
         Limits::default().with_max_message_size(MESSAGE_BYTES).with_max_request_body_size(MESSAGE_BYTES + 1024);
     // The host is one hop away: compressing would cost a slow guest far more than it saves.
-    let process = ConnectRpcService::new(connectrpc::Router::new().add_service(Arc::new(service)))
-        .with_compression_policy(CompressionPolicy::disabled())
-        .with_limits(limits);
+    let services = connectrpc::Router::new().add_service(Arc::new(processes)).add_service(Arc::new(files));
+    let connect =
+        ConnectRpcService::new(services).with_compression_policy(CompressionPolicy::disabled()).with_limits(limits);
     Router::new()
         .route(HEALTH, get(health))
         .merge(control::routes())
         .route("/envs", get(envs))
         .route("/metrics", get(metrics))
-        .route_service("/process.Process/{method}", process)
+        .merge(files::router(Arc::clone(&context.settings), files::IDLE))
+        .route_service("/process.Process/{method}", connect.clone())
+        .route_service("/filesystem.Filesystem/{method}", connect)
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed") })
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&context.settings), authenticate))
@@ -70,13 +75,18 @@ fn cors() -> CorsLayer {
     layer.max_age(PREFLIGHT)
 }
 
-/// Once a token is set, everything needs it but the two paths that must work without.
+/// Once a token is set, everything needs it but the paths that must work without, and the one that checks for itself.
 async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, next: Next) -> Response {
-    let open = matches!((request.method(), request.uri().path()), (&Method::GET, HEALTH) | (&Method::POST, INIT));
+    let open = matches!(
+        (request.method(), request.uri().path()),
+        (&Method::GET, HEALTH) | (&Method::POST, INIT) | (&Method::GET | &Method::HEAD | &Method::POST, files::PATH)
+    );
     let token = request.headers().get(ACCESS_TOKEN_HEADER).map(HeaderValue::as_bytes);
     if open || settings.admits(token) {
         next.run(request).await
     } else {
+        // A caller still busy sending would see a broken connection in place of the answer.
+        let _ = tokio::time::timeout(REFUSED_FOR, axum::body::to_bytes(request.into_body(), REFUSED_BYTES)).await;
         error(StatusCode::UNAUTHORIZED, "missing or wrong access token")
     }
 }

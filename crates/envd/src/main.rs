@@ -1,7 +1,7 @@
 //! The `envd` binary: arguments, then init if it is pid 1, then the server.
 
-use envd::process::{Processes, rpc::Service};
-use envd::{cgroup::Cgroups, http, init, metrics::Metrics, mmds::Mmds, reaper::Reaper, settings::Settings};
+use envd::process::{self, Processes};
+use envd::{cgroup::Cgroups, filesystem, http, init, metrics::Metrics, mmds::Mmds, reaper::Reaper, settings::Settings};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
@@ -93,7 +93,8 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool, metadata: bool) -> Result<(
         let cgroups = Arc::new(cgroups);
         let mmds = Arc::new(Mmds::new(is_init && metadata));
         let processes = Arc::new(Processes::new(Arc::clone(&reaper), Arc::clone(&cgroups)));
-        let service = Service { processes, settings: Arc::clone(&settings) };
+        let processes = process::rpc::Service { processes, settings: Arc::clone(&settings) };
+        let files = filesystem::rpc::Service { settings: Arc::clone(&settings), watchers: Arc::default() };
         let context = http::Context {
             settings: Arc::clone(&settings),
             metrics: Arc::new(Metrics::default()),
@@ -114,7 +115,7 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool, metadata: bool) -> Result<(
         tokio::select! {
             result = reaper.run() => result.map_err(Error::Signals),
             result = init::shut_down_on_signal(), if is_init => result.map_err(Error::Signals),
-            result = http::serve(listener, http::router(service, context)) => result.map_err(Error::Serve),
+            result = http::serve(listener, http::router(processes, files, context)) => result.map_err(Error::Serve),
         }
     })
 }

@@ -66,8 +66,11 @@ impl Mmds {
 
     /// Asks until there is an answer, and puts it into the environment of processes.
     pub async fn learn(&self, settings: &Settings) {
-        settings.identify(variables(self.address.is_some(), &Metadata::default()));
-        let Some(address) = self.address else { return };
+        let Some(address) = self.address else {
+            settings.identify(variables(false, &Metadata::default()));
+            return;
+        };
+        tell(settings, &Metadata::default());
         let mut pause = PAUSE;
         let asking = async {
             loop {
@@ -83,11 +86,7 @@ impl Mmds {
             tracing::warn!("no metadata service");
             return;
         };
-        let variables = variables(true, &metadata);
-        if let Err(error) = write_files(Path::new(DIRECTORY), &variables) {
-            tracing::warn!(%error, "cannot write what the metadata says below {DIRECTORY}");
-        }
-        settings.identify(variables);
+        tell(settings, &metadata);
         self.known.send_replace(Some(metadata));
     }
 
@@ -112,6 +111,15 @@ impl Mmds {
     }
 }
 
+/// Puts what is known where processes find it.
+fn tell(settings: &Settings, metadata: &Metadata) {
+    let variables = variables(true, metadata);
+    if let Err(error) = write_files(Path::new(DIRECTORY), &variables) {
+        tracing::warn!(%error, "cannot write what the metadata says below {DIRECTORY}");
+    }
+    settings.identify(variables);
+}
+
 /// Both names of each: ours and the one E2B's users know.
 fn variables(in_capsule: bool, metadata: &Metadata) -> BTreeMap<String, String> {
     let mut variables = BTreeMap::new();
@@ -128,8 +136,16 @@ fn variables(in_capsule: bool, metadata: &Metadata) -> BTreeMap<String, String> 
 
 fn write_files(directory: &Path, variables: &BTreeMap<String, String>) -> io::Result<()> {
     std::fs::create_dir_all(directory)?;
-    for (name, value) in variables.iter().filter(|(name, _)| name.starts_with("WRENN_")) {
-        std::fs::write(directory.join(format!(".{name}")), value)?;
+    for name in ["WRENN_SANDBOX", "WRENN_SANDBOX_ID", "WRENN_TEMPLATE_ID"] {
+        let path = directory.join(format!(".{name}"));
+        match variables.get(name) {
+            Some(value) => std::fs::write(path, value)?,
+            // What a twin was told is not true of this guest.
+            None => match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            },
+        }
     }
     Ok(())
 }
@@ -211,6 +227,8 @@ mod tests {
         write_files(&below, &all).unwrap();
         assert_eq!(std::fs::read_to_string(below.join(".WRENN_SANDBOX_ID")).unwrap(), "cl-1");
         assert_eq!(std::fs::read_dir(&below).unwrap().count(), 3);
+        write_files(&below, &variables(true, &Metadata::default())).unwrap();
+        assert_eq!(std::fs::read_dir(&below).unwrap().count(), 1, "only that it is a capsule is known");
     }
 
     /// A service that is not there at first, then lacks its data, then has it; it keeps connections open.

@@ -73,6 +73,11 @@ impl Settings {
         }
     }
 
+    /// The token that requests must carry, if one is set.
+    pub fn token(&self) -> Option<String> {
+        self.read().token.clone()
+    }
+
     /// Takes over what `init` says, as a whole or not at all. That its caller may say it was asked before.
     pub fn apply(&self, init: Init) -> Applied {
         let mut inner = self.write();

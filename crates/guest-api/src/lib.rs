@@ -4,15 +4,15 @@
 //! It owns shapes only: no transport, no policy, no defaults of the platform.
 
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-/// Messages, client and service trait, generated from `proto/process/process.proto`.
+/// Messages, client and service trait, generated from `proto/filesystem` and `proto/process`.
 #[allow(missing_docs, clippy::all, dead_code)]
 pub mod proto {
     connectrpc::include_generated!("contract.rs");
 }
 
-pub use proto::process;
+pub use proto::{filesystem, process};
 
 /// The TCP port envd listens on inside a capsule.
 pub const PORT: u16 = 49983;
@@ -118,6 +118,47 @@ pub struct Restored {
     pub hostname: Option<String>,
     /// The SSH host keys of before are gone; new ones are being made.
     pub ssh_host_keys_removed: bool,
+}
+
+/// One file that `POST /files` wrote; its answer is an array of these. `POST /files/compose` answers with one alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenFile {
+    /// Absolute, with `~` and what is relative resolved; links as the caller wrote them.
+    pub path: String,
+    /// The last component of `path`.
+    pub name: String,
+    /// What it is now.
+    #[serde(rename = "type")]
+    pub kind: FileType,
+    /// What the headers `X-Metadata-KEY` said, under their keys in lower case; absent when they said nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<BTreeMap<String, String>>,
+}
+
+/// What an upload makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FileType {
+    /// A regular file.
+    File,
+}
+
+/// Body of `POST /files/compose`: the sources become one file in this order, and are gone.
+///
+/// Answers: 200 with a [`WrittenFile`]; 400 without sources or destination, for a source that is the destination or not a
+/// regular file; 401 for an unknown user; 404 for a missing source; 507 when the disk is full. Nothing has changed unless it
+/// is 200.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compose {
+    /// Paths as in `GET /files`.
+    #[serde(default)]
+    pub source_paths: Vec<String>,
+    /// Where the file goes; what is there is replaced in one step.
+    #[serde(default)]
+    pub destination: String,
+    /// Whose home relative paths start at, and who owns the result; the default user when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub username: Option<String>,
 }
 
 /// The error body of every plain HTTP endpoint.

@@ -13,8 +13,23 @@ pub fn set() -> io::Result<()> {
 
 /// Gives the host a name, which it also finds itself by.
 pub fn rename(name: &str) -> io::Result<()> {
+    let before = rustix::system::uname().nodename().to_string_lossy().into_owned();
     rustix::system::sethostname(name.as_bytes())?;
+    if before != name {
+        unname_in_hosts(Path::new("/etc/hosts"), &before)?;
+    }
     name_in_hosts(Path::new("/etc/hosts"), name)
+}
+
+/// Takes away the line that we or the image wrote for a former name.
+fn unname_in_hosts(path: &Path, host: &str) -> io::Result<()> {
+    let text = read(path)?;
+    let ours = format!("127.0.1.1 {host}");
+    if !text.lines().any(|line| line == ours) {
+        return Ok(());
+    }
+    let rest: String = text.lines().filter(|line| *line != ours).map(|line| format!("{line}\n")).collect();
+    std::fs::write(path, rest)
 }
 
 /// The host must know its own name, or `sudo` asks a name server for it.
@@ -67,6 +82,9 @@ mod tests {
         assert_eq!(text, "127.0.0.1 localhost # capsule\n10.0.0.1 other\n127.0.1.1 capsule\n");
         name_in_hosts(&path, "fork-1").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{text}127.0.1.1 fork-1\n"));
+        unname_in_hosts(&path, "fork-1").unwrap();
+        unname_in_hosts(&path, "other").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Plan {
     pub fn carry_out(&self, host_time: f64, caller: SocketAddr, reaper: &Arc<Reaper>) -> Result<Restored, Error> {
         // First, for what follows draws from it.
         sys::random::reseed(&self.entropy).map_err(Error::Reseed)?;
-        let clock_offset = clock::follow(host_time).map_err(Error::Clock)?;
+        let clock_offset = clock::step(host_time).map_err(Error::Clock)?;
         let connections_closed = connections::close_all_but(caller).map_err(Error::Connections)?;
         let mut restored = Restored {
             clock_offset,

@@ -101,6 +101,8 @@ async fn a_token_closes_everything_but_two_doors() {
         ("GET", "//health"),
         ("POST", "/process.Process/List"),
         ("POST", "/process.Process/Start"),
+        ("POST", "/filesystem.Filesystem/Stat"),
+        ("POST", "/filesystem.Filesystem/WatchDir"),
     ] {
         for wrong in [&[][..], &["X-Access-Token: secre"], &["X-Access-Token: secret2"], &["X-Access-Token: "]] {
             let (status, _, body) = request(&envd, method, path, wrong, "");
