@@ -146,6 +146,10 @@ impl Guest {
         let mut at = range.start;
         while at < range.end {
             let Some(span) = self.span(at..range.end, why) else { break };
+            if span.range.is_empty() {
+                // Another thread filled or removed its first page while it was looked at.
+                continue;
+            }
             let len = (span.range.end - span.range.start) as usize;
             let bytes = match span.content {
                 Fill::Stored => self.read(span.range.start, len, buffer)?,

@@ -13,6 +13,7 @@ use clap::Subcommand;
 use pager::{Config, PAGE, Pager};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::process::{WaitId, WaitIdOptions};
 
 use crate::Files;
 use crate::memory::{Memory, copy_page};
@@ -75,10 +76,22 @@ impl Handler {
         Some(dirty.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
     }
 
-    /// Waits until it ends by itself.
-    pub fn wait(mut self) -> Result<()> {
+    /// The processor time it has used.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        let (_, fields) = stat.rsplit_once(')').context("no stat")?;
+        let ticks = fields.split_ascii_whitespace().skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>()?;
+        Ok(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second())?)
+    }
+
+    /// Waits until it ends by itself. The processor time it has used.
+    pub fn wait(mut self) -> Result<Duration> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        // So that it can be looked at once more.
+        rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+        let used = self.processor_time()?;
         ensure!(self.child.wait()?.success(), "the handler failed");
-        Ok(())
+        Ok(used)
     }
 }
 

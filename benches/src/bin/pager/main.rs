@@ -68,22 +68,27 @@ fn main() -> Result<()> {
     for trace in [Trace::Sequential, Trace::Random] {
         let order = trace.order(files.size);
         let (mut ours, mut minimal, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut our_work, mut minimal_work) = (Vec::new(), Vec::new());
         for _ in 0..args.rounds {
             let memory = Memory::anonymous(files.size)?;
             let handler = Handler::ours(&files, &memory, None)?;
             ours.push(touch(&memory, &order)?);
+            our_work.push(handler.processor_time()?);
             resident = resident.max(handler.private_bytes().unwrap_or(0));
             drop((memory, handler));
             let memory = Memory::anonymous(files.size)?;
             let handler = Handler::minimal(&files, &memory)?;
             minimal.push(touch(&memory, &order)?);
+            minimal_work.push(handler.processor_time()?);
             drop((memory, handler));
             plain.push(touch(&Memory::of_file(&files.flat(), files.size)?, &order)?);
         }
         let (ours, minimal, plain) = (median(ours), median(minimal), median(plain));
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         let ratio = ms(minimal) / ms(ours);
-        writeln!(out, "| {trace:?} | {:.0} ms | {:.0} ms | {:.0} ms | {ratio:.1} |", ms(ours), ms(minimal), ms(plain))?;
+        let (our_work, minimal_work) = (ms(median(our_work)), ms(median(minimal_work)));
+        write!(out, "| {trace:?} | {:.0} ms | {:.0} ms | {:.0} ms | {ratio:.1} |", ms(ours), ms(minimal), ms(plain))?;
+        writeln!(out, " {our_work:.0} ms | {minimal_work:.0} ms |")?;
     }
     single(&files, &mut out, args.rounds)?;
     prefetch(&files, &mut out, args.rounds)?;
@@ -121,18 +126,24 @@ fn prefetch(files: &Files, out: &mut impl std::io::Write, rounds: u32) -> Result
     touch(&memory, &Trace::Random.order(files.size))?;
     handler.wait()?;
     drop(memory);
-    let mut times = Vec::new();
+    let (mut times, mut work) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let memory = Memory::anonymous(files.size)?;
         let started = Instant::now();
-        Handler::ours(files, &memory, Some((&set, false)))?.wait()?;
+        work.push(Handler::ours(files, &memory, Some((&set, false)))?.wait()?);
         times.push(started.elapsed());
         // It is all there: no fault needs a handler now.
         touch(&memory, &Trace::Sequential.order(files.size))?;
     }
-    let time = median(times).as_secs_f64();
-    let rate = files.size as f64 / time / f64::from(1 << 30);
-    writeln!(out, "Prefetch of everything, with the pager's start and end: {:.0} ms, {rate:.2} GiB/s.", time * 1000.0)?;
+    let rate = |time: Duration| files.size as f64 / time.as_secs_f64() / f64::from(1 << 30);
+    let (time, work) = (median(times), median(work));
+    let (per_second, per_processor) = (rate(time), rate(work));
+    writeln!(
+        out,
+        "Prefetch of everything, with the pager's start and end: {:.0} ms, {per_second:.2} GiB/s; {per_processor:.2} GiB \
+         per second of processor time.",
+        time.as_secs_f64() * 1000.0,
+    )?;
     Ok(())
 }
 
@@ -209,10 +220,6 @@ impl Files {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
-    }
-
-    fn generations(&self) -> PathBuf {
-        self.path("generations")
     }
 
     fn socket(&self) -> PathBuf {

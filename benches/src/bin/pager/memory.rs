@@ -61,7 +61,8 @@ impl Memory {
         // SAFETY: a new mapping where the kernel likes.
         let mapped =
             unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), size as usize, access, MapFlags::PRIVATE) };
-        let address = NonNull::new(mapped.context("mapping memory")?.cast()).context("memory at address 0")?;
+        let address: NonNull<u8> =
+            NonNull::new(mapped.context("mapping memory")?.cast()).context("memory at address 0")?;
         // SAFETY: only the mapping above is registered with it.
         let uffd = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
         let uffd = uffd.context("creating a userfaultfd")?;
@@ -84,7 +85,8 @@ impl Memory {
         // SAFETY: a new mapping where the kernel likes; nobody changes the file.
         let mapped =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), size as usize, access, MapFlags::PRIVATE, &file, 0) };
-        let address = NonNull::new(mapped.context("mapping a file")?.cast()).context("a file at address 0")?;
+        let address: NonNull<u8> =
+            NonNull::new(mapped.context("mapping a file")?.cast()).context("a file at address 0")?;
         Ok(Self { address, size, uffd: None })
     }
 

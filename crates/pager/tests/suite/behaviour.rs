@@ -1,6 +1,6 @@
 //! What a pager does besides answering: fetches neighbours and working sets, records, leaves.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -182,7 +182,7 @@ fn vmm_of_another_process() {
     let Some(socket) = std::env::var_os(SOCKET) else { return };
     let mut vmm = Vmm::new(Kind::Anonymous, PAGES * PAGE).unwrap();
     vmm.connect(socket.as_ref());
-    println!("touched {}", vmm.touch(40));
+    writeln!(std::io::stdout(), "touched {}", vmm.touch(40)).unwrap();
     loop {
         std::thread::park();
     }
