@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use crate::bitmap::Bitmap;
 use crate::fill::{Guest, PIECE, Step, Why};
 use crate::working_set::{Recorder, WorkingSet};
 use crate::{CHUNK, Ended, Error, HUGE_PAGE, PAGE};
@@ -22,8 +23,8 @@ const HELPERS: usize = 3;
 /// The threads call nothing deep; what is touched of a stack stays with the process.
 const STACK: usize = 128 << 10;
 
-/// Parts to fill ahead that are remembered at most. What is dropped is filled when it is asked for.
-const MANY_AHEAD: usize = 1024;
+/// A helper without work for so long gives its memory back.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// How often, and how long apart, a page that somebody waits for is tried while there is no memory.
 const TRIES: u32 = 500;
@@ -33,6 +34,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct Crew {
     pub guest: Guest,
     work: Mutex<Work>,
+    /// Chunks that were filled ahead, or are about to be.
+    begun: Bitmap,
     /// There is work for helpers.
     more: Condvar,
     /// While there is one, faults are recorded.
@@ -48,8 +51,8 @@ pub struct Crew {
 struct Work {
     /// Pages that somebody waits for.
     faults: VecDeque<u64>,
-    /// Their neighbours.
-    ahead: VecDeque<Range<u64>>,
+    /// Chunks around those. Each is here once in its life, so they cannot be many.
+    ahead: Vec<Range<u64>>,
     /// What was needed last time.
     prefetch: VecDeque<Range<u64>>,
     is_over: bool,
@@ -69,12 +72,13 @@ impl Crew {
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(set_up)?;
         let prefetch = fetch.iter().flat_map(|fetch| fetch.ranges()).flat_map(pieces).collect();
         let crew = Arc::new(Self {
-            guest,
             work: Mutex::new(Work { prefetch, ..Work::default() }),
+            begun: Bitmap::new(guest.memory_size().div_ceil(CHUNK)),
             more: Condvar::new(),
             recorder: Mutex::new(recorder),
             is_whole: AtomicBool::new(false),
             outcome: Mutex::new(None),
+            guest,
             ended,
         });
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
@@ -88,9 +92,8 @@ impl Crew {
             })
         };
         let spawned = spawn("reader", Self::read);
-        let spawned = spawned.and_then(|_| {
-            (0..processors.saturating_sub(1).clamp(1, HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop))
-        });
+        let spawned =
+            spawned.and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop)));
         if let Err(error) = spawned {
             crew.end(Ok(Ended::Stopped));
             return Err(Error::SetUp(error));
@@ -163,9 +166,16 @@ impl Crew {
             if let Some(task) = work.take_urgent().or_else(|| work.prefetch.pop_front().map(Task::Prefetch)) {
                 return Some(task);
             }
-            // It may be for long.
-            *buffer = Vec::new();
-            work = self.more.wait(work).unwrap_or_else(PoisonError::into_inner);
+            if buffer.is_empty() {
+                work = self.more.wait(work).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let waited;
+            (work, waited) = self.more.wait_timeout(work, IDLE).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                // It may be for long.
+                *buffer = Vec::new();
+            }
         }
     }
 
@@ -232,12 +242,14 @@ impl Crew {
         if self.guest.regions.at_offset(offset).is_none_or(huge) {
             return;
         }
-        let start = offset - offset % CHUNK;
-        let end = (start + CHUNK).min(self.guest.memory_size());
-        let mut work = lock(&self.work);
-        if work.ahead.len() < MANY_AHEAD {
-            work.ahead.push_back(start..end);
+        let chunk = offset / CHUNK;
+        if self.begun.set(chunk..chunk + 1) == 0 {
+            return;
         }
+        let range = chunk * CHUNK..((chunk + 1) * CHUNK).min(self.guest.memory_size());
+        let mut work = lock(&self.work);
+        work.ahead.push(range);
+        // The reader does the last one itself if nothing else comes.
         if work.ahead.len() > 1 {
             self.more.notify_one();
         }
@@ -247,13 +259,13 @@ impl Crew {
 impl Work {
     fn take_urgent(&mut self) -> Option<Task> {
         let fault = self.faults.pop_front().map(Task::Fault);
-        fault.or_else(|| self.ahead.pop_front().map(Task::Ahead))
+        fault.or_else(|| self.ahead.pop().map(Task::Ahead))
     }
 
     fn put_back(&mut self, task: Task) {
         match task {
             Task::Fault(offset) => self.faults.push_front(offset),
-            Task::Ahead(range) => self.ahead.push_front(range),
+            Task::Ahead(range) => self.ahead.push(range),
             Task::Prefetch(range) => self.prefetch.push_front(range),
         }
     }
