@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::num::NonZero;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -26,6 +27,10 @@ const STACK: usize = 128 << 10;
 /// A helper without work for so long gives its memory back.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// A removal takes microseconds. After so many tries in vain they are further apart.
+const MANY_BUSY: u32 = 1000;
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
+
 /// How often, and how long apart, a page that somebody waits for is tried while there is no memory.
 const TRIES: u32 = 500;
 const PAUSE: Duration = Duration::from_millis(10);
@@ -40,6 +45,8 @@ pub struct Crew {
     more: Condvar,
     /// While there is one, faults are recorded.
     recorder: Mutex<Option<Recorder>>,
+    /// How often in a row a removal was in the way.
+    busy: AtomicU32,
     /// Somebody has noticed that the kernel could serve what is left.
     is_whole: AtomicBool,
     outcome: Mutex<Option<Result<Ended, Error>>>,
@@ -76,6 +83,7 @@ impl Crew {
             begun: Bitmap::new(guest.memory_size().div_ceil(CHUNK)),
             more: Condvar::new(),
             recorder: Mutex::new(recorder),
+            busy: AtomicU32::new(0),
             is_whole: AtomicBool::new(false),
             outcome: Mutex::new(None),
             guest,
@@ -86,7 +94,9 @@ impl Crew {
             let crew = Arc::clone(&crew);
             let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
             thread.spawn(move || {
-                if let Err(error) = run(&crew) {
+                // Faults that nobody serves any more would be waited for for ever.
+                let outcome = catch_unwind(AssertUnwindSafe(|| run(&crew)));
+                if let Err(error) = outcome.unwrap_or(Err(Error::Panicked)) {
                     crew.end(Err(error));
                 }
             })
@@ -201,12 +211,20 @@ impl Crew {
             Task::Ahead(range) | Task::Prefetch(range) => self.guest.fill(range.clone(), Why::Ahead, buffer)?,
         };
         match (step, task) {
-            (Step::Done, Task::Fault(offset)) => self.ahead_of(offset),
-            (Step::Done, _) => {}
+            (Step::Done, task) => {
+                self.busy.store(0, Ordering::Relaxed);
+                if let Task::Fault(offset) = task {
+                    self.ahead_of(offset);
+                }
+            }
             (Step::Busy, task) => {
                 lock(&self.work).put_back(task);
-                // The reader has to read the removal, or its process to go on with it.
-                thread::yield_now();
+                // The reader has to read the removal, or the VMM to go on with it; it may be stopped in the middle of it.
+                if self.busy.fetch_add(1, Ordering::Relaxed) < MANY_BUSY {
+                    thread::yield_now();
+                } else {
+                    thread::park_timeout(BUSY_PAUSE);
+                }
             }
             // What nobody waits for may be missing.
             (Step::NoMemory, Task::Ahead(_)) => {}
