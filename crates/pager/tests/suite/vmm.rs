@@ -95,8 +95,8 @@ impl Vmm {
         };
         let address: NonNull<u8> = match mapped {
             Err(error) if kind == Kind::Huge => {
-                let why = format!("skipped for {kind:?}: no {size} bytes of huge pages here ({error})");
-                writeln!(std::io::stderr(), "{why}").unwrap();
+                let why = format!("skipped for {kind:?}: no {size} bytes of huge pages here ({error})\n");
+                std::io::stderr().write_all(why.as_bytes()).unwrap();
                 return None;
             }
             mapped => NonNull::new(mapped.unwrap().cast()).unwrap(),
