@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::num::NonZero;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use crate::bitmap::Bitmap;
 use crate::fill::{Guest, PIECE, Step, Why};
 use crate::working_set::{Recorder, WorkingSet};
 use crate::{CHUNK, Ended, Error, HUGE_PAGE, PAGE};
@@ -22,8 +24,12 @@ const HELPERS: usize = 3;
 /// The threads call nothing deep; what is touched of a stack stays with the process.
 const STACK: usize = 128 << 10;
 
-/// Parts to fill ahead that are remembered at most. What is dropped is filled when it is asked for.
-const MANY_AHEAD: usize = 1024;
+/// A helper without work for so long gives its memory back.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// A removal takes microseconds. After so many tries in vain they are further apart.
+const MANY_BUSY: u32 = 1000;
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// How often, and how long apart, a page that somebody waits for is tried while there is no memory.
 const TRIES: u32 = 500;
@@ -33,10 +39,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct Crew {
     pub guest: Guest,
     work: Mutex<Work>,
+    /// Chunks that were filled ahead, or are about to be.
+    begun: Bitmap,
     /// There is work for helpers.
     more: Condvar,
     /// While there is one, faults are recorded.
     recorder: Mutex<Option<Recorder>>,
+    /// How often in a row a removal was in the way.
+    busy: AtomicU32,
     /// Somebody has noticed that the kernel could serve what is left.
     is_whole: AtomicBool,
     outcome: Mutex<Option<Result<Ended, Error>>>,
@@ -48,8 +58,8 @@ pub struct Crew {
 struct Work {
     /// Pages that somebody waits for.
     faults: VecDeque<u64>,
-    /// Their neighbours.
-    ahead: VecDeque<Range<u64>>,
+    /// Chunks around those. Each is here once in its life, so they cannot be many.
+    ahead: Vec<Range<u64>>,
     /// What was needed last time.
     prefetch: VecDeque<Range<u64>>,
     is_over: bool,
@@ -69,12 +79,14 @@ impl Crew {
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(set_up)?;
         let prefetch = fetch.iter().flat_map(|fetch| fetch.ranges()).flat_map(pieces).collect();
         let crew = Arc::new(Self {
-            guest,
             work: Mutex::new(Work { prefetch, ..Work::default() }),
+            begun: Bitmap::new(guest.memory_size().div_ceil(CHUNK)),
             more: Condvar::new(),
             recorder: Mutex::new(recorder),
+            busy: AtomicU32::new(0),
             is_whole: AtomicBool::new(false),
             outcome: Mutex::new(None),
+            guest,
             ended,
         });
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
@@ -82,15 +94,16 @@ impl Crew {
             let crew = Arc::clone(&crew);
             let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
             thread.spawn(move || {
-                if let Err(error) = run(&crew) {
+                // Faults that nobody serves any more would be waited for for ever.
+                let outcome = catch_unwind(AssertUnwindSafe(|| run(&crew)));
+                if let Err(error) = outcome.unwrap_or(Err(Error::Panicked)) {
                     crew.end(Err(error));
                 }
             })
         };
         let spawned = spawn("reader", Self::read);
-        let spawned = spawned.and_then(|_| {
-            (0..processors.saturating_sub(1).clamp(1, HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop))
-        });
+        let spawned =
+            spawned.and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop)));
         if let Err(error) = spawned {
             crew.end(Ok(Ended::Stopped));
             return Err(Error::SetUp(error));
@@ -163,9 +176,16 @@ impl Crew {
             if let Some(task) = work.take_urgent().or_else(|| work.prefetch.pop_front().map(Task::Prefetch)) {
                 return Some(task);
             }
-            // It may be for long.
-            *buffer = Vec::new();
-            work = self.more.wait(work).unwrap_or_else(PoisonError::into_inner);
+            if buffer.is_empty() {
+                work = self.more.wait(work).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let waited;
+            (work, waited) = self.more.wait_timeout(work, IDLE).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                // It may be for long.
+                *buffer = Vec::new();
+            }
         }
     }
 
@@ -191,12 +211,20 @@ impl Crew {
             Task::Ahead(range) | Task::Prefetch(range) => self.guest.fill(range.clone(), Why::Ahead, buffer)?,
         };
         match (step, task) {
-            (Step::Done, Task::Fault(offset)) => self.ahead_of(offset),
-            (Step::Done, _) => {}
+            (Step::Done, task) => {
+                self.busy.store(0, Ordering::Relaxed);
+                if let Task::Fault(offset) = task {
+                    self.ahead_of(offset);
+                }
+            }
             (Step::Busy, task) => {
                 lock(&self.work).put_back(task);
-                // The reader has to read the removal, or its process to go on with it.
-                thread::yield_now();
+                // The reader has to read the removal, or the VMM to go on with it; it may be stopped in the middle of it.
+                if self.busy.fetch_add(1, Ordering::Relaxed) < MANY_BUSY {
+                    thread::yield_now();
+                } else {
+                    thread::park_timeout(BUSY_PAUSE);
+                }
             }
             // What nobody waits for may be missing.
             (Step::NoMemory, Task::Ahead(_)) => {}
@@ -232,12 +260,14 @@ impl Crew {
         if self.guest.regions.at_offset(offset).is_none_or(huge) {
             return;
         }
-        let start = offset - offset % CHUNK;
-        let end = (start + CHUNK).min(self.guest.memory_size());
-        let mut work = lock(&self.work);
-        if work.ahead.len() < MANY_AHEAD {
-            work.ahead.push_back(start..end);
+        let chunk = offset / CHUNK;
+        if self.begun.set(chunk..chunk + 1) == 0 {
+            return;
         }
+        let range = chunk * CHUNK..((chunk + 1) * CHUNK).min(self.guest.memory_size());
+        let mut work = lock(&self.work);
+        work.ahead.push(range);
+        // The reader does the last one itself if nothing else comes.
         if work.ahead.len() > 1 {
             self.more.notify_one();
         }
@@ -247,13 +277,13 @@ impl Crew {
 impl Work {
     fn take_urgent(&mut self) -> Option<Task> {
         let fault = self.faults.pop_front().map(Task::Fault);
-        fault.or_else(|| self.ahead.pop_front().map(Task::Ahead))
+        fault.or_else(|| self.ahead.pop().map(Task::Ahead))
     }
 
     fn put_back(&mut self, task: Task) {
         match task {
             Task::Fault(offset) => self.faults.push_front(offset),
-            Task::Ahead(range) => self.ahead.push_front(range),
+            Task::Ahead(range) => self.ahead.push(range),
             Task::Prefetch(range) => self.prefetch.push_front(range),
         }
     }

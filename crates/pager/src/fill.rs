@@ -146,28 +146,31 @@ impl Guest {
         let mut at = range.start;
         while at < range.end {
             let Some(span) = self.span(at..range.end, why) else { break };
-            let len = (span.range.end - span.range.start) as usize;
+            // It is empty if another thread filled or removed its first page while it was looked at.
+            at = span.range.start;
+            let len = (span.range.end - at) as usize;
             let bytes = match span.content {
-                Fill::Stored => self.read(span.range.start, len, buffer)?,
+                Fill::Stored => self.read(at, len, buffer)?,
                 Fill::Zero | Fill::Removed => &self.zeros[..len],
             };
-            match self.put(&span, bytes)? {
-                // Some of it was removed meanwhile.
-                None => {}
-                Some(Filled::Done(filled)) => at = span.range.start + filled,
-                Some(Filled::Present) => {
-                    at = span.range.start + span.region.page_size;
-                    if why == Why::Fault {
-                        // It came between the fault and us; who waits may not know.
-                        let address = span.region.base + (span.range.start - span.region.offset);
-                        // Fails only where there is nobody left to wake.
-                        let _ = self.uffd.wake(address, span.region.page_size);
+            while at < span.range.end {
+                match self.put(&span, at, &bytes[(at - span.range.start) as usize..])? {
+                    // Some of it was removed since it was looked at.
+                    None => break,
+                    Some(Filled::Done(filled)) => at += filled,
+                    Some(Filled::Present) => {
+                        if why == Why::Fault {
+                            // It came between the fault and us; who waits may not know. Fails only where there is nobody
+                            // left to wake.
+                            let _ = self.uffd.wake(span.region.address(at), span.region.page_size);
+                        }
+                        at += span.region.page_size;
                     }
+                    Some(Filled::Unregistered) => at = span.range.end,
+                    Some(Filled::Busy) => return Ok(Step::Busy),
+                    Some(Filled::NoMemory) => return Ok(Step::NoMemory),
+                    Some(Filled::Gone) => return Ok(Step::Gone),
                 }
-                Some(Filled::Unregistered) => at = span.range.end,
-                Some(Filled::Busy) => return Ok(Step::Busy),
-                Some(Filled::NoMemory) => return Ok(Step::NoMemory),
-                Some(Filled::Gone) => return Ok(Step::Gone),
             }
         }
         Ok(Step::Done)
@@ -211,26 +214,25 @@ impl Guest {
         Some(Span { region, range: run.start..set.map_or(run.end, |page| page * PAGE), content })
     }
 
-    /// Puts `bytes` there; `None` if a part of it has been removed since that was decided.
-    fn put(&self, span: &Span, bytes: &[u8]) -> Result<Option<Filled>, Error> {
+    /// Puts `bytes`, the rest of the span, at `at`; `None` if a part of it has been removed since it was looked at.
+    fn put(&self, span: &Span, at: u64, bytes: &[u8]) -> Result<Option<Filled>, Error> {
         let Span { region, range, content } = span;
-        let address = region.base + (range.start - region.offset);
-        let len = range.end - range.start;
+        let address = region.address(at);
         let _no_event_is_read = self.events.read().unwrap_or_else(PoisonError::into_inner);
-        if *content != Fill::Removed && self.removed.first_set(pages(range)).is_some() {
+        if *content != Fill::Removed && self.removed.first_set(pages(&(at..range.end))).is_some() {
             return Ok(None);
         }
         let can_map_zeros = self.marks.load(Ordering::Relaxed) == UNMARKED && region.page_size == PAGE;
         let filled = match content {
             // The kernel cannot map zeros with a mark, and a mark set afterwards could undo that of a write.
-            Fill::Zero | Fill::Removed if can_map_zeros => self.uffd.zero(address, len),
+            Fill::Zero | Fill::Removed if can_map_zeros => self.uffd.zero(address, bytes.len() as u64),
             Fill::Stored | Fill::Zero => self.copy_marked(address, bytes),
             Fill::Removed => self.uffd.copy(address, bytes, false),
         };
-        let filled = filled.map_err(|e| Error::Fill { offset: range.start, source: e.into() })?;
+        let filled = filled.map_err(|e| Error::Fill { offset: at, source: e.into() })?;
         match filled {
-            Filled::Done(filled) => self.settle(&(range.start..range.start + filled)),
-            Filled::Present => self.settle(&(range.start..range.start + region.page_size)),
+            Filled::Done(filled) => self.settle(&(at..at + filled)),
+            Filled::Present => self.settle(&(at..at + region.page_size)),
             _ => {}
         }
         Ok(Some(filled))

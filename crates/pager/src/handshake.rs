@@ -131,6 +131,13 @@ fn region(index: usize, wire: &Wire) -> Result<Region, Error> {
     Ok(Region { base, size, offset, page_size })
 }
 
+impl Region {
+    /// Where in the VMM a place of its memory is.
+    pub fn address(&self, offset: u64) -> u64 {
+        self.base + (offset - self.offset)
+    }
+}
+
 impl Regions {
     /// Checks that a memory of so many bytes has all of them.
     pub fn fit(&self, memory_size: u64) -> Result<(), Error> {

@@ -150,6 +150,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A thread of ours met a bug.
+    #[error("a thread of the pager panicked")]
+    Panicked,
     /// There was no memory for a page, for long.
     #[error("there is no memory for the page of guest memory at {0:#x}")]
     NoMemory(u64),
@@ -165,6 +168,7 @@ impl Error {
             | Self::Receive(_)
             | Self::Events(_)
             | Self::Fill { .. }
+            | Self::Panicked
             | Self::NoMemory(_) => 11,
             Self::Patience
             | Self::HungUp

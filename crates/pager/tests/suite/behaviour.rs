@@ -1,6 +1,6 @@
 //! What a pager does besides answering: fetches neighbours and working sets, records, leaves.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -106,6 +106,35 @@ fn what_was_needed_is_recorded_and_fetched_the_next_time() {
 }
 
 #[test]
+fn threads_that_want_the_same_pages_at_once_all_get_them() {
+    let stored = Stored::new();
+    let record = stored.path("working-set");
+    let vmm = |config: Config| {
+        let mut vmm = Vmm::new(Kind::Anonymous, PAGES * PAGE).unwrap();
+        let pager = start(config);
+        vmm.connect(&stored.socket());
+        (vmm, pager)
+    };
+    let (all, pager) = vmm(Config { record: Some(record.clone()), ..stored.config() });
+    (0..PAGES).for_each(|page| assert_eq!(all.touch(page), stored.page(page)[0]));
+    assert_eq!(pager.end().unwrap(), Ended::Whole);
+    for _ in 0..20 {
+        let (vmm, pager) = vmm(Config { prefetch: Some(record.clone()), ..stored.config() });
+        std::thread::scope(|scope| {
+            for step in [1, 5, 7, 1021] {
+                let (vmm, stored) = (&vmm, &stored);
+                scope.spawn(move || {
+                    for page in (0..PAGES).map(|index| index * step % PAGES) {
+                        assert_eq!(vmm.touch(page), stored.page(page)[0], "page {page}");
+                    }
+                });
+            }
+        });
+        assert_eq!(pager.end().unwrap(), Ended::Whole);
+    }
+}
+
+#[test]
 fn the_record_is_written_when_its_time_is_over() {
     let stored = Stored::new();
     let record = stored.path("working-set");
@@ -182,7 +211,7 @@ fn vmm_of_another_process() {
     let Some(socket) = std::env::var_os(SOCKET) else { return };
     let mut vmm = Vmm::new(Kind::Anonymous, PAGES * PAGE).unwrap();
     vmm.connect(socket.as_ref());
-    println!("touched {}", vmm.touch(40));
+    writeln!(std::io::stdout(), "touched {}", vmm.touch(40)).unwrap();
     loop {
         std::thread::park();
     }

@@ -96,14 +96,14 @@ impl Stored {
 
 fn written_in(generation: u64, page: u64) -> bool {
     match generation {
-        1 => page / 100 % 2 == 0 || page % 7 == 0,
-        _ => page % 13 == 0 || (300..330).contains(&page),
+        1 => (page / 100).is_multiple_of(2) || page.is_multiple_of(7),
+        _ => page.is_multiple_of(13) || (300..330).contains(&page),
     }
 }
 
 fn content_of(generation: u64, page: u64) -> [u8; PAGE as usize] {
     // The guest has cleared these since.
-    if generation == 2 && page % 26 == 0 {
+    if generation == 2 && page.is_multiple_of(26) {
         return [0; PAGE as usize];
     }
     std::array::from_fn(|at| (page * 31 + generation * 7 + at as u64 / 64 + 1) as u8 | 1)

@@ -1,6 +1,6 @@
 //! A VMM as far as its memory goes: maps it, registers it, hands it over, touches it.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -95,7 +95,8 @@ impl Vmm {
         };
         let address: NonNull<u8> = match mapped {
             Err(error) if kind == Kind::Huge => {
-                eprintln!("skipped for {kind:?}: no {size} bytes of huge pages here ({error})");
+                let why = format!("skipped for {kind:?}: no {size} bytes of huge pages here ({error})\n");
+                std::io::stderr().write_all(why.as_bytes()).unwrap();
                 return None;
             }
             mapped => NonNull::new(mapped.unwrap().cast()).unwrap(),
