@@ -53,12 +53,7 @@ struct State {
 
 impl Boots {
     /// Those in `root` that are still good; the others are removed.
-    pub fn open(
-        config: &Config,
-        images: &BTreeMap<String, PathBuf>,
-        root: &Path,
-        memory: &Store,
-    ) -> io::Result<Self> {
+    pub fn open(config: &Config, images: &BTreeMap<String, PathBuf>, root: &Path, memory: &Store) -> io::Result<Self> {
         let dir = root.join("boots");
         let machine = config.boot_snapshots.map(|_| machine(config)).transpose()?;
         let boots = Self { dir, machine, state: Mutex::default(), stop: CancellationToken::new() };
@@ -133,11 +128,13 @@ fn machine(config: &Config) -> io::Result<String> {
     for file in [&config.kernel, &config.vmm] {
         let file = fs::canonicalize(file).unwrap_or_else(|_| file.clone());
         // One that is missing is for the first start to complain about.
-        let (size, time) = fs::metadata(&file).map_or((0, 0), |metadata| (metadata.size(), metadata.mtime_nsec() + metadata.mtime()));
+        let (size, time) =
+            fs::metadata(&file).map_or((0, 0), |metadata| (metadata.size(), metadata.mtime_nsec() + metadata.mtime()));
         text += &format!("{} {size} {time}\n", file.display());
     }
     let processor = fs::read_to_string("/proc/cpuinfo")?;
-    let is_kind = |line: &&str| ["model", "vendor_id", "stepping", "microcode", "flags"].iter().any(|of| line.starts_with(of));
+    let is_kind =
+        |line: &&str| ["model", "vendor_id", "stepping", "microcode", "flags"].iter().any(|of| line.starts_with(of));
     // The first processor's lines: they come first.
     let mut seen = BTreeSet::new();
     for line in processor.lines().filter(is_kind) {

@@ -18,7 +18,11 @@ pub struct Error(#[source] pub templates::CaptureError);
 impl Agent {
     /// Makes a capsule of each spec that begins as `parent` is now. In their order: the child, or why there is none. What
     /// could not be started has left nothing.
-    pub(crate) async fn fork(&self, parent: &Handle, children: Vec<Spec>) -> Result<Vec<Result<Handle, String>>, Error> {
+    pub(crate) async fn fork(
+        &self,
+        parent: &Handle,
+        children: Vec<Spec>,
+    ) -> Result<Vec<Result<Handle, String>>, Error> {
         // Nobody keeps it, so it goes with the last child that begins from it.
         let point = self.capture(parent, self.host.passing()).await.map_err(Error)?;
         let starts = children.into_iter().map(|spec| {

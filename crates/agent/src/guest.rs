@@ -126,8 +126,7 @@ impl Guest {
         let init = Init { restore: Some(restore), ..self.settings(default_env) };
         let path = "/init";
         let answer = self.ask(path, http::Method::POST, body(&init), restoring.token).await?;
-        let restored: Restored =
-            serde_json::from_slice(&answer).map_err(|source| Error::Malformed { path, source })?;
+        let restored: Restored = serde_json::from_slice(&answer).map_err(|source| Error::Malformed { path, source })?;
         if restored.rng_reseeded { Ok(()) } else { Err(Error::Unconfirmed) }
     }
 

@@ -136,19 +136,24 @@ impl Driver {
         if let Some(point) = image.and_then(|image| self.host.boots.get(image, sizes)) {
             let origin = Origin::Boot(&point);
             match start::start(&self.host, &mut self.journal, origin, &self.destroyed).await {
-                Err(error) if !matches!(error, start::Error::Cancelled | start::Error::Claim(_)) => {
+                Err(error) if error.is_of_origin() => {
                     warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
                     self.host.boots.discard(&point);
-                    // What cannot be given back now is when the capsule ends: the cgroup and the slot are still recorded.
-                    if stop(&self.host, id, Some(self.journal.record())).await.is_ok() {
-                        self.stopped(|record| {
-                            record.snapshots = 0;
-                            record.base = Base::Boot;
-                        })
-                        .map_err(start::Error::Record)?;
+                    if stop(&self.host, id, Some(self.journal.record())).await.is_err() {
+                        return Err(error);
                     }
+                    let begin_anew = |record: &mut Record| {
+                        record.snapshots = 0;
+                        record.base = Base::Boot;
+                    };
+                    self.stopped(begin_anew).map_err(start::Error::Record)?;
                     files::tidy(&self.host.memory, self.journal.dir(), None);
-                    let _ = std::fs::remove_file(self.journal.dir().join(files::DISK));
+                    match std::fs::remove_file(self.journal.dir().join(files::DISK)) {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            return Err(start::Error::Place(error));
+                        }
+                        _ => {}
+                    }
                 }
                 started => return started,
             }
@@ -163,15 +168,13 @@ impl Driver {
     /// From one command to the next, until the capsule ends or the agent does.
     async fn live(mut self, mut life: Life) {
         loop {
-            life = match life {
-                Life::Running(running) => match self.run(running).await {
-                    Some(life) => life,
-                    None => return,
-                },
-                Life::Paused => match self.lie().await {
-                    Some(life) => life,
-                    None => return,
-                },
+            let next = match life {
+                Life::Running(running) => self.run(running).await,
+                Life::Paused => self.lie().await,
+            };
+            life = match next {
+                Some(life) => life,
+                None => return self.stop_merge().await,
             };
             if self.destroyed.is_cancelled() {
                 return self.end(CapsuleState::Stopped, "destroyed".into()).await;
@@ -227,10 +230,7 @@ impl Driver {
                     let _ = done.send(Err(Refused::NotRunning));
                     Some(Life::Paused)
                 }
-                None => {
-                    self.stop_merge().await;
-                    None
-                }
+                None => None,
             },
         }
     }
@@ -244,13 +244,12 @@ impl Driver {
     ) -> Option<Life> {
         let id = self.journal.record().spec.id;
         self.publish(CapsuleState::Pausing, String::new());
-        let drained = tokio::time::timeout(DRAIN, self.traffic.drained());
         if reason.is_some() && self.traffic.open() > 0 {
             // Something came in time after all.
             self.publish_running(&running);
             return Some(Life::Running(running));
         }
-        if drained.await.is_err() {
+        if tokio::time::timeout(DRAIN, self.traffic.drained()).await.is_err() {
             debug!(capsule = %id, open = self.traffic.open(), "pausing with open exchanges");
         }
         if let Err(failed) = save::pause(&self.host, &mut self.journal, &running).await {
@@ -260,8 +259,6 @@ impl Driver {
                 let _ = done.send(Err(Refused::Save(failed)));
                 return self.fail(format!("the pause failed, and the guest could not go on: {why}")).await;
             }
-            // It is tried again only when the capsule was idle for that long once more.
-            self.traffic.touch();
             self.publish_running(&running);
             let _ = done.send(Err(Refused::Save(failed)));
             return Some(Life::Running(running));
@@ -303,6 +300,10 @@ impl Driver {
         let id = self.journal.record().spec.id;
         self.publish(CapsuleState::Resuming, String::new());
         self.stop_merge().await;
+        if self.journal.record().phase != Phase::Paused {
+            // A resume before this one could not be undone then.
+            self.back_to_paused().await;
+        }
         let resumed = match self.journal.commit(|record| record.phase = Phase::Resuming) {
             Ok(()) => start::start(&self.host, &mut self.journal, Origin::Pause, &self.destroyed).await,
             Err(error) => Err(start::Error::Record(error)),
@@ -310,7 +311,6 @@ impl Driver {
         match resumed {
             Ok(running) => {
                 info!(capsule = %id, "resumed");
-                self.traffic.touch();
                 self.publish_running(&running);
                 let _ = done.send(Ok(()));
                 collect(&self.host.memory);
@@ -404,7 +404,9 @@ impl Driver {
         }
     }
 
+    /// Also begins its inactivity anew: a pause that failed is not tried again before that.
     fn publish_running(&mut self, running: &Running) {
+        self.traffic.touch();
         self.tell(CapsuleState::Running, String::new(), Some(running.guest.clone()));
     }
 

@@ -77,7 +77,8 @@ pub fn sync_all_in(dir: &Path) -> io::Result<()> {
 pub fn tidy(memory: &Store, dir: &Path, keep: Option<u32>) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
-        let Some((kind, number)) = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('-'))
+        let Some((kind, number)) =
+            path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('-'))
         else {
             continue;
         };

@@ -155,10 +155,7 @@ impl Handle {
         self.ask(|done| Command::Capture(dest, done)).await
     }
 
-    async fn ask<T>(
-        &self,
-        command: impl FnOnce(oneshot::Sender<Result<T, Refused>>) -> Command,
-    ) -> Result<T, Refused> {
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Refused>>) -> Command) -> Result<T, Refused> {
         let (done, answer) = oneshot::channel();
         // A driver that is gone, or goes before it gets there, has ended its capsule.
         let _ = self.commands.send(command(done)).await;

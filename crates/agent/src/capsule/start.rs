@@ -107,6 +107,30 @@ impl Error {
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(PAGER_DAMAGED))
     }
+
+    /// Whether the cause may be what the capsule begins from, so that beginning otherwise may succeed.
+    pub fn is_of_origin(&self) -> bool {
+        match self {
+            Self::Place(_)
+            | Self::Link(_)
+            | Self::Snapshot(_)
+            | Self::State
+            | Self::Configure(_)
+            | Self::Died(_)
+            | Self::PagerDied(_)
+            | Self::Silent
+            | Self::Guest(_) => true,
+            Self::Record(_)
+            | Self::Claim(_)
+            | Self::Network(_)
+            | Self::NoImage(_)
+            | Self::Disk(_)
+            | Self::Cgroup(_)
+            | Self::Launch(_)
+            | Self::Pager(_)
+            | Self::Cancelled => false,
+        }
+    }
 }
 
 /// What a capsule begins from.
@@ -151,12 +175,9 @@ impl Running {
 /// Resolves when a pager ends though it is needed; never for one that has done its work, or where there is none.
 pub async fn pager_lost(pager: Option<&Process>, dir: &Path) -> Exit {
     let Some(pager) = pager else { return std::future::pending().await };
-    match pager.exited().await {
-        Exit::Code(0) => std::future::pending().await,
-        // An earlier agent started it, so nobody could be told how it ended; but it says so itself.
-        Exit::Unknown if is_whole(dir) => std::future::pending().await,
-        exit => exit,
-    }
+    let exit = pager.exited().await;
+    // Of one that an earlier agent started nobody could be told how it ended, so what it said itself counts.
+    if is_whole(dir) || has_said(dir, "vmm gone") { std::future::pending().await } else { exit }
 }
 
 /// Whether the pager of the capsule in `dir` has ended because it was not needed any more.

@@ -188,7 +188,10 @@ mod tests {
         assert!(traffic.drained().now_or_never().is_none());
         let answer = open.answer(Empty::<Bytes>::new());
         assert_eq!(traffic.open(), 1);
-        let drained = { let traffic = traffic.clone(); tokio::spawn(async move { traffic.drained().await }) };
+        let drained = {
+            let traffic = traffic.clone();
+            tokio::spawn(async move { traffic.drained().await })
+        };
         drop(answer);
         drained.await.unwrap();
     }
