@@ -180,7 +180,7 @@ async fn capsules_begin_from_a_boot_that_was_done_before_and_from_one_when_that_
     let mut own = BTreeSet::new();
     let mut boots = BTreeSet::new();
     for id in ids {
-        let env = [("WHO".to_owned(), id.to_string())].into();
+        let env = [("WHO".to_owned(), id.to_string())].into_iter().collect();
         let capsule = host.create(CapsuleSpec { default_env: env, ..spec(id) }).await.unwrap();
         assert!(!capsule.versions["kernel_version"].is_empty() && !capsule.versions["envd_version"].is_empty());
         own.insert(host.sh(id, "cat /etc/machine-id").await);
