@@ -105,9 +105,10 @@ impl CreateCapsule {
         let size = |field, value, bounds, default, baked| match (value, baked) {
             (None, Some(baked)) => Ok(baked),
             (Some(value), Some(baked)) if value == i64::from(baked) => Ok(baked),
-            (Some(_), Some(baked)) => {
-                Err(Invalid::new(field, format!("must be {baked} or absent: the template `{template}` has it built in")))
-            }
+            (Some(_), Some(baked)) => Err(Invalid::new(
+                field,
+                format!("must be {baked} or absent: the template `{template}` has it built in"),
+            )),
             (value, None) => limits::number(field, value, bounds, default),
         };
         Ok(CapsuleSpec {

@@ -206,8 +206,7 @@ impl Host {
         let request = SnapshotCapsuleRequest { id: id.to_string(), name: image.into(), ..Default::default() };
         let answer = self.lifecycle.snapshot_capsule_with_options(request, within(SNAPSHOT)).await?.into_owned();
         let template = answer.template.into_option().ok_or(Error::Answer("it names no template"))?;
-        let sizes =
-            Sizes { vcpus: template.vcpus, memory_mb: template.memory_mib, disk_size_mb: template.disk_mib };
+        let sizes = Sizes { vcpus: template.vcpus, memory_mb: template.memory_mib, disk_size_mb: template.disk_mib };
         Ok(Snapshot { sizes, size_bytes: template.size_bytes })
     }
 

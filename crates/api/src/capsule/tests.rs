@@ -35,7 +35,10 @@ fn bounds_are_named() {
     assert_eq!(from_json(r#"{"metadata":{"a b":"1"}}"#).unwrap_err().field, "metadata");
     assert_eq!(from_json(r#"{"template":"a/b"}"#).unwrap_err().field, "template");
     let many: BTreeMap<_, _> = (0..21).map(|n| (n.to_string(), String::new())).collect();
-    assert_eq!(CreateCapsule { metadata: Some(many), ..Default::default() }.validate(None).unwrap_err().field, "metadata");
+    assert_eq!(
+        CreateCapsule { metadata: Some(many), ..Default::default() }.validate(None).unwrap_err().field,
+        "metadata"
+    );
     // Sixty-four characters, not bytes.
     let value = |length: usize| CreateCapsule {
         metadata: Some([("k".into(), "ü".repeat(length))].into()),
@@ -63,8 +66,14 @@ fn built_in_sizes_are_not_argued_with() {
     }
     for (json, message) in [
         (r#"{"template":"mine","vcpus":1}"#, "vcpus must be 2 or absent: the template `mine` has it built in"),
-        (r#"{"template":"mine","memory_mb":512}"#, "memory_mb must be 96 or absent: the template `mine` has it built in"),
-        (r#"{"template":"mine","disk_size_mb":-1}"#, "disk_size_mb must be 6000 or absent: the template `mine` has it built in"),
+        (
+            r#"{"template":"mine","memory_mb":512}"#,
+            "memory_mb must be 96 or absent: the template `mine` has it built in",
+        ),
+        (
+            r#"{"template":"mine","disk_size_mb":-1}"#,
+            "disk_size_mb must be 6000 or absent: the template `mine` has it built in",
+        ),
         (r#"{"template":"mine","timeout_sec":-1}"#, "timeout_sec must be between 0 and 2592000"),
     ] {
         assert_eq!(ask(json).unwrap_err().to_string(), message, "{json}");

@@ -121,23 +121,14 @@ pub struct Snapshot {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// What came of [`publish`].
-#[derive(Debug)]
-pub enum Published {
-    /// It is there now; with it the template that it replaced, which is garbage.
-    Done { template: Box<Model>, replaced: Option<Uuid> },
-    /// The name is taken.
-    Taken,
-}
-
 /// Turns what was garbage while it was being made into a template, in place of the team's template of that name if it may
-/// `overwrite` one.
+/// `overwrite` one, which is garbage then. `None` when the name is taken.
 pub async fn publish(
     db: &DatabaseConnection,
     host: HostId,
     snapshot: Snapshot,
     overwrite: bool,
-) -> Result<Published, Error> {
+) -> Result<Option<Model>, Error> {
     let number = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
     let template = Model {
         id: snapshot.id.0,
@@ -158,25 +149,24 @@ pub async fn publish(
     // A write comes first: SQLite then has this transaction wait for others, where one that began with a read would fail.
     garbage::remove(&tx, template.id).await?;
     let of_name = Entity::find().filter(Column::TeamId.eq(template.team_id)).filter(Column::Name.eq(&*template.name));
-    let replaced = match of_name.one(&tx).await? {
-        Some(_) if !overwrite => return Ok(Published::Taken),
+    match of_name.one(&tx).await? {
+        Some(_) if !overwrite => return Ok(None),
         Some(old) => {
             garbage::insert(&tx, old.id, host, &old.image, now()).await?;
             Entity::delete_by_id(old.id).exec(&tx).await?;
-            Some(old.id)
         }
-        None => None,
-    };
+        None => {}
+    }
     match Entity::insert(template.clone().into_active_model()).exec_without_returning(&tx).await {
         Ok(_) => {}
         // Another was faster since we looked.
         Err(error) if matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_))) => {
-            return Ok(Published::Taken);
+            return Ok(None);
         }
         Err(error) => return Err(error.into()),
     }
     tx.commit().await?;
-    Ok(Published::Done { template: Box::new(template), replaced })
+    Ok(Some(template))
 }
 
 /// Makes garbage of a template; `false` when another was faster.

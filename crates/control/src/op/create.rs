@@ -18,8 +18,7 @@ const WAIT: Duration = Duration::from_secs(20);
 /// Writes the capsule down and has it started. The start goes on if the client leaves.
 pub async fn create(ctx: &Arc<Context>, team: TeamId, actor: Actor, request: CreateCapsule) -> Result<Capsule, Error> {
     let name = request.template()?;
-    let template =
-        db::template::find(&ctx.db, team, &name).await?.ok_or_else(|| Error::NoTemplate(name.clone()))?;
+    let template = db::template::find(&ctx.db, team, &name).await?.ok_or_else(|| Error::NoTemplate(name.clone()))?;
     let spec = request.validate(template.baked()?)?;
     let image = image_of(template);
     let capsule = Capsule::new(team, db::host::CONFIGURED, spec, None);

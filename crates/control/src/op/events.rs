@@ -46,7 +46,8 @@ impl Events {
     pub fn changed(&self, before: &Life, capsule: &Capsule) {
         let status = |state: State| lifecycle::status(state.desired, state.observed);
         let (from, to) = (status(before.state), status(capsule.life.state));
-        let reason = if paused_itself(before, &capsule.life) { Some(EXPIRED.into()) } else { capsule.life.reason.clone() };
+        let reason =
+            if paused_itself(before, &capsule.life) { Some(EXPIRED.into()) } else { capsule.life.reason.clone() };
         let reason = reason.map(|reason| ("reason".to_owned(), reason));
         if from != to {
             let words = [("from".to_owned(), word(from)), ("to".to_owned(), word(to))];
@@ -98,10 +99,7 @@ impl Events {
     ) {
         let failed = outcome == Some(Outcome::Error);
         let why = || capsule.life.reason.clone().unwrap_or_else(|| "it ended before it ran".into());
-        self.send(
-            capsule.team,
-            Event { metadata, error: failed.then(why), ..about(capsule, event, actor, outcome) },
-        );
+        self.send(capsule.team, Event { metadata, error: failed.then(why), ..about(capsule, event, actor, outcome) });
     }
 
     fn send(&self, team: TeamId, event: Event) {

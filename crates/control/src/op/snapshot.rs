@@ -1,7 +1,6 @@
 //! Templates that come of capsules.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::{Actor, EventName, SafeName, TemplateId};
 use chrono::TimeDelta;
@@ -11,7 +10,7 @@ use super::{Context, Error, usable};
 use crate::db;
 use crate::db::capsule::Capsule;
 use crate::db::garbage;
-use crate::db::template::{Model, Published, Snapshot};
+use crate::db::template::{Model, Snapshot};
 use crate::host;
 
 /// How long a template may be in the making before what there is of it is garbage. Longer than its host is waited for.
@@ -40,7 +39,14 @@ pub async fn create(
     let made = ctx.tasks.spawn(async move {
         let made = make(&work, &capsule, &name, overwrite).await;
         let outcome = made.as_ref().map(drop).map_err(ToString::to_string);
-        work.events.template(EventName::TemplateSnapshotCreate, capsule.team, name.as_str(), actor, outcome, Some(&capsule));
+        work.events.template(
+            EventName::TemplateSnapshotCreate,
+            capsule.team,
+            name.as_str(),
+            actor,
+            outcome,
+            Some(&capsule),
+        );
         made
     });
     made.await?
@@ -84,10 +90,8 @@ async fn publish(
         default_env: origin.map(|template| template.default_env.0).unwrap_or_default(),
         metadata: capsule.life.versions.clone(),
     };
-    match db::template::publish(&ctx.db, capsule.host, snapshot, overwrite).await? {
-        Published::Done { template, .. } => Ok(*template),
-        Published::Taken => Err(Error::TakenName(name.clone())),
-    }
+    let published = db::template::publish(&ctx.db, capsule.host, snapshot, overwrite).await?;
+    published.ok_or_else(|| Error::TakenName(name.clone()))
 }
 
 /// Deletes a template. Capsules that were made from it are not touched: on their hosts they hold what they need of it.
