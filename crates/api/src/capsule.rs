@@ -47,7 +47,8 @@ pub struct CreateCapsule {
     /// Name of a template; `minimal` (also called `minimal-ubuntu`) when absent.
     #[schema(example = "minimal")]
     pub template: Option<String>,
-    /// Virtual processors; 1 when absent.
+    /// Virtual processors; 1 when absent. A template that came of a capsule has its own sizes: then these three are absent, or
+    /// the same.
     #[schema(minimum = 1, maximum = 32)]
     pub vcpus: Option<i64>,
     /// Memory in MiB; 512 when absent.
@@ -56,7 +57,7 @@ pub struct CreateCapsule {
     /// Most the root disk may grow to, in MiB; 5120 when absent.
     #[schema(minimum = 1024, maximum = 102400)]
     pub disk_size_mb: Option<i64>,
-    /// Seconds without a command or ping after which the host acts by itself. 0, the default, means never; 1 to 59 are raised
+    /// Seconds without a command or ping after which the host pauses the capsule. 0, the default, means never; 1 to 59 are raised
     /// to 60.
     #[schema(minimum = 0, maximum = 2592000)]
     pub timeout_sec: Option<i64>,
@@ -78,29 +79,84 @@ pub struct CapsuleSpec {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// The sizes that a template's memory and disk already have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    pub vcpus: u32,
+    pub memory_mb: u32,
+    pub disk_size_mb: u32,
+}
+
 impl CreateCapsule {
-    /// Fills in the defaults and checks every bound.
-    pub fn validate(self) -> Result<CapsuleSpec, Invalid> {
-        let template = match self.template {
+    /// The stored name of the template that is asked for.
+    pub fn template(&self) -> Result<SafeName, Invalid> {
+        let name = match &self.template {
             Some(name) => name.parse().map_err(|invalid| Invalid { field: "template".into(), ..invalid })?,
             None => SafeName::default(),
         };
+        Ok(name.canonical_template())
+    }
+
+    /// Fills in the defaults and checks every bound. Sizes that are `baked` into the template are the only ones it can have.
+    pub fn validate(self, baked: Option<Sizes>) -> Result<CapsuleSpec, Invalid> {
+        let template = self.template()?;
         let metadata = self.metadata.unwrap_or_default();
         limits::metadata(&metadata)?;
+        let size = |field, value, bounds, default, baked| match (value, baked) {
+            (None, Some(baked)) => Ok(baked),
+            (Some(value), Some(baked)) if value == i64::from(baked) => Ok(baked),
+            (Some(_), Some(baked)) => Err(Invalid::new(
+                field,
+                format!("must be {baked} or absent: the template `{template}` has it built in"),
+            )),
+            (value, None) => limits::number(field, value, bounds, default),
+        };
         Ok(CapsuleSpec {
-            template: template.canonical_template(),
-            vcpus: limits::number("vcpus", self.vcpus, limits::VCPUS, limits::DEFAULT_VCPUS)?,
-            memory_mb: limits::number("memory_mb", self.memory_mb, limits::MEMORY_MB, limits::DEFAULT_MEMORY_MB)?,
-            disk_size_mb: limits::number(
+            vcpus: size("vcpus", self.vcpus, limits::VCPUS, limits::DEFAULT_VCPUS, baked.map(|sizes| sizes.vcpus))?,
+            memory_mb: size(
+                "memory_mb",
+                self.memory_mb,
+                limits::MEMORY_MB,
+                limits::DEFAULT_MEMORY_MB,
+                baked.map(|sizes| sizes.memory_mb),
+            )?,
+            disk_size_mb: size(
                 "disk_size_mb",
                 self.disk_size_mb,
                 limits::DISK_SIZE_MB,
                 limits::DEFAULT_DISK_SIZE_MB,
+                baked.map(|sizes| sizes.disk_size_mb),
             )?,
             timeout_sec: limits::timeout(self.timeout_sec)?,
             metadata,
+            template,
         })
     }
+}
+
+/// A request for capsules that begin where another is now: with its memory, processes, files, sizes and timeout.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct ForkCapsule {
+    /// How many; 1 when absent.
+    #[schema(minimum = 1, maximum = 100)]
+    pub count: Option<i64>,
+    /// Labels of each, as when a capsule is created; those of the capsule that is forked when absent.
+    pub metadata: Option<BTreeMap<String, String>>,
+}
+
+impl ForkCapsule {
+    /// How many, and the labels they shall have.
+    pub fn validate(self) -> Result<(u32, Option<BTreeMap<String, String>>), Invalid> {
+        self.metadata.as_ref().map_or(Ok(()), limits::metadata)?;
+        Ok((limits::number("count", self.count, limits::FORKS, 1)?, self.metadata))
+    }
+}
+
+/// The capsules that a fork made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Forked {
+    pub capsules: Vec<Capsule>,
 }
 
 /// A capsule.
@@ -126,7 +182,7 @@ pub struct Capsule {
     pub last_updated: DateTime<Utc>,
     /// The labels of its creation and, once it has run, the versions of what runs it.
     pub metadata: BTreeMap<String, String>,
-    /// Why it ended or is missing.
+    /// Why it ended or is missing, why its host paused it, or why it could not be resumed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }

@@ -11,6 +11,8 @@ pub enum ErrorCode {
     InvalidRequest,
     /// The API key is missing or unknown.
     Unauthorized,
+    /// The platform's own; teams may use it, not change it.
+    Forbidden,
     /// There is no such thing, or it belongs to another team.
     NotFound,
     /// The path exists, but not with this method.

@@ -17,12 +17,24 @@ pub enum EventName {
     /// A capsule was started, or could not be.
     #[serde(rename = "capsule.create")]
     CapsuleCreate,
+    /// A capsule was paused, on request or by its host, or could not be.
+    #[serde(rename = "capsule.pause")]
+    CapsulePause,
+    /// A capsule was resumed, or could not be.
+    #[serde(rename = "capsule.resume")]
+    CapsuleResume,
     /// A capsule was ended on request.
     #[serde(rename = "capsule.destroy")]
     CapsuleDestroy,
     /// A capsule's status is another now.
     #[serde(rename = "capsule.state.changed")]
     CapsuleStateChanged,
+    /// A template was made of a capsule, or could not be.
+    #[serde(rename = "template.snapshot.create")]
+    TemplateSnapshotCreate,
+    /// A template was deleted.
+    #[serde(rename = "template.snapshot.delete")]
+    TemplateSnapshotDelete,
 }
 
 impl EventName {
@@ -31,8 +43,12 @@ impl EventName {
         match self {
             Self::Connected => "connected",
             Self::CapsuleCreate => "capsule.create",
+            Self::CapsulePause => "capsule.pause",
+            Self::CapsuleResume => "capsule.resume",
             Self::CapsuleDestroy => "capsule.destroy",
             Self::CapsuleStateChanged => "capsule.state.changed",
+            Self::TemplateSnapshotCreate => "template.snapshot.create",
+            Self::TemplateSnapshotDelete => "template.snapshot.delete",
         }
     }
 }
@@ -72,8 +88,9 @@ pub const SYSTEM: Actor = Actor { kind: ActorKind::System, id: None, name: None 
 /// What an event is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Resource {
+    /// A capsule's id, a template's name.
     pub id: String,
-    /// `capsule`.
+    /// `capsule` or `template`.
     #[serde(rename = "type")]
     pub kind: String,
 }
@@ -90,7 +107,8 @@ pub struct Event {
     pub resource: Option<Resource>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub actor: Option<Actor>,
-    /// `from` and `to` of a change of status; `reason` when there is one.
+    /// `from` and `to` of a change of status; `reason` when there is one, which is `ttl_expired` for a pause that came of
+    /// `timeout_sec`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
     /// Only when the outcome is an error.
@@ -108,7 +126,16 @@ mod tests {
     #[test]
     fn names_are_spelt_as_they_are_called() {
         use EventName::*;
-        for name in [Connected, CapsuleCreate, CapsuleDestroy, CapsuleStateChanged] {
+        for name in [
+            Connected,
+            CapsuleCreate,
+            CapsulePause,
+            CapsuleResume,
+            CapsuleDestroy,
+            CapsuleStateChanged,
+            TemplateSnapshotCreate,
+            TemplateSnapshotDelete,
+        ] {
             assert_eq!(serde_json::to_value(name).unwrap(), name.as_str());
         }
         assert_eq!(serde_json::to_string(&SYSTEM).unwrap(), r#"{"type":"system"}"#);

@@ -101,6 +101,10 @@ id!(
     KeyId, "key-"
 );
 id!(
+    /// A template.
+    TemplateId, "tpl-"
+);
+id!(
     /// A host that runs capsules.
     HostId, "host-"
 );

@@ -16,14 +16,14 @@ pub mod pty;
 pub mod stream;
 pub mod template;
 
-pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, Status};
+pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, ForkCapsule, Forked, Sizes, Status};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use event::{Actor, ActorKind, Event, EventName, Resource};
 pub use exec::{Encoding, Exec, ExecResult, ExecSpec, ExecStarted};
 pub use file::{Depth, DirectoryEntries, FileEntry, FileForm, FileKind, FilePath, MadeDirectory};
-pub use id::{CapsuleId, HostId, KeyId, TeamId};
+pub use id::{CapsuleId, HostId, KeyId, TeamId, TemplateId};
 pub use limits::Invalid;
 pub use metrics::{CapsuleMetrics, MetricsRange, Point};
 pub use name::SafeName;
 pub use process::{Process, ProcessList, Selector, Signal};
-pub use template::{Template, TemplateKind};
+pub use template::{CreateSnapshot, Template, TemplateKind};

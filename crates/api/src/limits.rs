@@ -28,6 +28,9 @@ pub const METADATA_VALUE_CHARS: usize = 64;
 /// Metadata keys the platform fills in itself.
 pub const RESERVED_METADATA: [&str; 4] = ["kernel_version", "vmm_version", "agent_version", "envd_version"];
 
+/// Capsules one fork may make.
+pub const FORKS: RangeInclusive<i64> = 1..=100;
+
 /// Bytes of a JSON request body.
 pub const JSON_BODY_BYTES: usize = 1024 * 1024;
 

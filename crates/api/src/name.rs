@@ -11,6 +11,10 @@ pub const DEFAULT_TEMPLATE: &str = "minimal";
 /// Other names of the default template; the SDK's documents use both.
 const DEFAULT_TEMPLATE_ALIASES: [&str; 1] = ["minimal-ubuntu"];
 
+/// Names of templates that are, or will be, the platform's own.
+const RESERVED_TEMPLATES: [&str; 5] =
+    [DEFAULT_TEMPLATE, "minimal-ubuntu", "minimal-alpine", "minimal-arch", "minimal-fedora"];
+
 /// What a safe name is, for the person who wrote one that is not.
 pub(crate) const RULE: &str =
     "must be 1 to 64 characters of a-z, A-Z, 0-9, '.', '_' and '-', and begin with a letter or digit";
@@ -22,6 +26,11 @@ pub struct SafeName(String);
 impl SafeName {
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether no team may call a template of its own so.
+    pub fn is_reserved(&self) -> bool {
+        RESERVED_TEMPLATES.contains(&self.as_str())
     }
 
     /// The name under which a template of this name is stored.
@@ -74,9 +83,12 @@ mod tests {
     #[test]
     fn both_documented_names_are_the_default_template() {
         for name in ["minimal", "minimal-ubuntu"] {
-            assert_eq!(name.parse::<SafeName>().unwrap().canonical_template(), SafeName::default());
+            let name: SafeName = name.parse().unwrap();
+            assert!(name.is_reserved());
+            assert_eq!(name.canonical_template(), SafeName::default());
         }
         let other: SafeName = "code-runner-beta".parse().unwrap();
+        assert!(!other.is_reserved());
         assert_eq!(other.clone().canonical_template(), other);
     }
 }

@@ -4,6 +4,7 @@
 //! here: everything above uses the ids of `api`.
 
 pub mod capsule;
+pub mod garbage;
 pub mod host;
 pub mod key;
 mod migration;

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_api::{
-    CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, GuestFiles, GuestProcesses, Lifecycle,
-    ListCapsulesRequest, TouchCapsuleRequest, Transport,
+    CapsuleState, CreateCapsuleRequest, DeleteTemplateRequest, DestroyCapsuleRequest, Endpoint, ForkCapsuleRequest,
+    GuestFiles, GuestProcesses, Lifecycle, ListCapsulesRequest, PauseCapsuleRequest, ResumeCapsuleRequest,
+    SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
 };
-use api::{CapsuleId, CapsuleSpec};
+use api::{CapsuleId, CapsuleSpec, Sizes};
 use chrono::{DateTime, Utc};
 use connectrpc::client::{CallOptions, ClientBody};
 use connectrpc::{ConnectError, ErrorCode};
@@ -30,12 +31,19 @@ pub enum Error {
     /// It does not have the capsule.
     #[error("the host does not have the capsule")]
     Absent(#[source] ConnectError),
+    /// The capsule is not in a state that allows it.
+    #[error("the host refuses: {}", words(.0))]
+    State(#[source] ConnectError),
     /// It tried.
-    #[error("the host failed: {}", .0.message.as_deref().unwrap_or("it does not say why"))]
+    #[error("the host failed: {}", words(.0))]
     Failed(#[source] ConnectError),
     /// It answered with something that is not in the contract.
     #[error("the host's answer is not understood: {0}")]
     Answer(&'static str),
+}
+
+fn words(error: &ConnectError) -> &str {
+    error.message.as_deref().unwrap_or("it does not say why")
 }
 
 impl From<ConnectError> for Error {
@@ -46,6 +54,7 @@ impl From<ConnectError> for Error {
             ErrorCode::ResourceExhausted => Self::Full(error),
             ErrorCode::DeadlineExceeded => Self::Late(error),
             ErrorCode::NotFound => Self::Absent(error),
+            ErrorCode::FailedPrecondition => Self::State(error),
             _ => Self::Failed(error),
         }
     }
@@ -77,6 +86,9 @@ impl TryFrom<agent_api::Capsule> for Report {
             state: match capsule.state.as_known() {
                 Some(CapsuleState::CAPSULE_STATE_STARTING) => HostState::Starting,
                 Some(CapsuleState::CAPSULE_STATE_RUNNING) => HostState::Running,
+                Some(CapsuleState::CAPSULE_STATE_PAUSING) => HostState::Pausing,
+                Some(CapsuleState::CAPSULE_STATE_PAUSED) => HostState::Paused,
+                Some(CapsuleState::CAPSULE_STATE_RESUMING) => HostState::Resuming,
                 Some(CapsuleState::CAPSULE_STATE_STOPPING) => HostState::Stopping,
                 Some(CapsuleState::CAPSULE_STATE_STOPPED) => HostState::Stopped,
                 Some(CapsuleState::CAPSULE_STATE_FAILED) => HostState::Failed,
@@ -93,6 +105,20 @@ impl TryFrom<agent_api::Capsule> for Report {
     }
 }
 
+/// A fork, or why there is none.
+#[derive(Debug)]
+pub struct Child {
+    pub id: CapsuleId,
+    pub outcome: Result<Report, String>,
+}
+
+/// A template that a host made of a capsule.
+#[derive(Debug, Clone, Copy)]
+pub struct Snapshot {
+    pub sizes: Sizes,
+    pub size_bytes: u64,
+}
+
 /// What the host needs to know of a template.
 #[derive(Debug, Clone)]
 pub struct Image {
@@ -105,6 +131,11 @@ pub struct Image {
 /// How long a call may take before its answer is no longer awaited; the host goes on with what it began.
 const CREATE: Duration = Duration::from_secs(180);
 const DESTROY: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_secs(300);
+const RESUME: Duration = Duration::from_secs(180);
+/// A reconciler gives up on forks only later, [`lifecycle::FORK_GRACE`].
+const FORK: Duration = Duration::from_secs(300);
+const SNAPSHOT: Duration = Duration::from_secs(600);
 const QUICK: Duration = Duration::from_secs(10);
 
 /// The agent of one host. Lifecycle calls and guest traffic never share a connection.
@@ -144,6 +175,48 @@ impl Host {
         Ok(())
     }
 
+    /// Puts the capsule aside; answers when that is durable.
+    pub async fn pause(&self, id: CapsuleId) -> Result<Report, Error> {
+        let request = PauseCapsuleRequest { id: id.to_string(), ..Default::default() };
+        let answer = self.lifecycle.pause_capsule_with_options(request, within(PAUSE)).await?.into_owned();
+        answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
+    }
+
+    /// Lets a paused capsule go on; answers when its guest does.
+    pub async fn resume(&self, id: CapsuleId) -> Result<Report, Error> {
+        let request = ResumeCapsuleRequest { id: id.to_string(), ..Default::default() };
+        let answer = self.lifecycle.resume_capsule_with_options(request, within(RESUME)).await?.into_owned();
+        answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
+    }
+
+    /// Makes `children` that begin where the capsule is now. In their order, what came of each.
+    pub async fn fork(&self, id: CapsuleId, children: &[CapsuleId]) -> Result<Vec<Child>, Error> {
+        let names = children.iter().map(ToString::to_string).collect();
+        let request = ForkCapsuleRequest { id: id.to_string(), children: names, ..Default::default() };
+        let answer = self.lifecycle.fork_capsule_with_options(request, within(FORK)).await?.into_owned();
+        let told: Vec<Child> = answer.children.into_iter().map(Child::try_from).collect::<Result<_, _>>()?;
+        if told.iter().map(|child| child.id).ne(children.iter().copied()) {
+            return Err(Error::Answer("its children are not those that were asked for"));
+        }
+        Ok(told)
+    }
+
+    /// Keeps what the capsule is now as a template, under the host's own name for it.
+    pub async fn snapshot(&self, id: CapsuleId, image: &str) -> Result<Snapshot, Error> {
+        let request = SnapshotCapsuleRequest { id: id.to_string(), name: image.into(), ..Default::default() };
+        let answer = self.lifecycle.snapshot_capsule_with_options(request, within(SNAPSHOT)).await?.into_owned();
+        let template = answer.template.into_option().ok_or(Error::Answer("it names no template"))?;
+        let sizes = Sizes { vcpus: template.vcpus, memory_mb: template.memory_mib, disk_size_mb: template.disk_mib };
+        Ok(Snapshot { sizes, size_bytes: template.size_bytes })
+    }
+
+    /// Forgets a template; one that is not there is forgotten already.
+    pub async fn delete_template(&self, image: &str) -> Result<(), Error> {
+        let request = DeleteTemplateRequest { name: image.into(), ..Default::default() };
+        self.lifecycle.delete_template_with_options(request, within(DESTROY)).await?;
+        Ok(())
+    }
+
     /// Everything the host has, and what it lately ended.
     pub async fn list(&self) -> Result<Vec<Report>, Error> {
         let answer = self.lifecycle.list_capsules_with_options(ListCapsulesRequest::default(), within(QUICK)).await?;
@@ -174,6 +247,18 @@ impl Host {
         request: Request<ClientBody>,
     ) -> Result<Response<Incoming>, ConnectError> {
         self.guests.send_to_guest(id, request).await
+    }
+}
+
+impl TryFrom<agent_api::Child> for Child {
+    type Error = Error;
+
+    fn try_from(child: agent_api::Child) -> Result<Self, Error> {
+        let outcome = match child.capsule.into_option() {
+            Some(capsule) => Ok(Report::try_from(capsule)?),
+            None => Err(child.reason),
+        };
+        Ok(Self { id: child.id.parse().map_err(|_| Error::Answer("an id is not one"))?, outcome })
     }
 }
 

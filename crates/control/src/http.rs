@@ -49,6 +49,9 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::create, capsules::list))
         .routes(routes!(capsules::get, capsules::destroy))
         .routes(routes!(capsules::ping))
+        .routes(routes!(capsules::pause))
+        .routes(routes!(capsules::resume))
+        .routes(routes!(capsules::fork))
         .routes(routes!(metrics::read))
         .routes(routes!(exec::exec))
         .routes(routes!(streams::exec))
@@ -64,7 +67,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(files::stream_read))
         .routes(routes!(files::stream_write))
         .routes(routes!(events::stream))
-        .routes(routes!(templates::list))
+        .routes(routes!(templates::create, templates::list))
+        .routes(routes!(templates::delete))
 }
 
 /// The description of every route.

@@ -5,12 +5,17 @@ pub mod destroy;
 pub mod events;
 pub mod exec;
 pub mod files;
+pub mod fork;
 pub mod guest;
 pub mod metrics;
+pub mod pause;
 pub mod process;
 pub mod record;
+pub mod resume;
+pub mod snapshot;
 pub mod touch;
 pub mod usable;
+pub mod wish;
 
 use agent_api::Endpoint;
 use api::{CapsuleId, SafeName, Selector, Status};
@@ -71,6 +76,15 @@ pub enum Error {
     Invalid(#[from] api::Invalid),
     #[error("there is no template `{0}`")]
     NoTemplate(SafeName),
+    #[error("the name `{0}` is the platform's")]
+    ReservedName(SafeName),
+    #[error("there is already a template `{0}`; overwrite=true replaces it")]
+    TakenName(SafeName),
+    #[error("the template `{0}` is the platform's; only the platform can delete it")]
+    Protected(String),
+    /// How many, and why the first did not.
+    #[error("{failed} of {count} forks did not start, so that none was kept: {reason}")]
+    Fork { failed: usize, count: usize, reason: String },
     #[error("there is no process with {0}")]
     NoProcess(Selector),
     #[error("the capsule is {}", word(*.0))]

@@ -6,11 +6,18 @@
 //! ```text
 //!   a client's verb      ─► decide(state, command)   ─► act, wait, refuse
 //!   a fact from a host   ─► observe(state, event)    ─► the new state, or none because the fact is old
-//!   what a host lists    ─► reconcile(state, on_host) ─► create, destroy or nothing
+//!   what a host lists    ─► reconcile(state, on_host) ─► create, pause, destroy or nothing
 //!
 //!   desired Running:   pending ─► starting ─► running ⇄ missing          any ─► stopped | error (both final)
+//!                      running ─► pausing ─► paused ─► resuming ─► running
+//!   desired Paused:    pausing ─► paused
 //!   desired Stopped:   stopping ─► stopped
 //! ```
+//!
+//! A host pauses an idle capsule by itself. That is a fact and not a gap to close: a capsule that is desired to run and observed
+//! to be paused *is* paused, until a client resumes it. Resuming is never made up for by a reconciler, because nobody may be
+//! waiting for it any more; a pause that was asked for and did not come about is, because it is what ends the spending.
+//! Forking and making a template leave a capsule running: its host stops it for milliseconds, which is no state.
 //!
 //! Pure: no IO, no clock (ages are arguments). It refuses to know hosts, networks, SQL and HTTP.
 
@@ -21,7 +28,9 @@ use api::Status;
 /// What control wants of a capsule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Desired {
+    /// Or paused by its host.
     Running,
+    Paused,
     /// For good: no capsule comes back from this.
     Stopped,
 }
@@ -33,6 +42,12 @@ pub enum Observed {
     Unreported,
     Starting,
     Running,
+    /// Its host is putting it aside.
+    Pausing,
+    /// On its host's disk.
+    Paused,
+    /// Its host is bringing it back.
+    Resuming,
     Stopping,
     /// Its host listed all it has, and this was not among it.
     Missing,
@@ -47,7 +62,14 @@ impl Observed {
     pub fn ended(self) -> bool {
         match self {
             Self::Stopped | Self::Failed => true,
-            Self::Unreported | Self::Starting | Self::Running | Self::Stopping | Self::Missing => false,
+            Self::Unreported
+            | Self::Starting
+            | Self::Running
+            | Self::Pausing
+            | Self::Paused
+            | Self::Resuming
+            | Self::Stopping
+            | Self::Missing => false,
         }
     }
 }
@@ -71,6 +93,9 @@ impl State {
 pub enum HostState {
     Starting,
     Running,
+    Pausing,
+    Paused,
+    Resuming,
     Stopping,
     Stopped,
     Failed,
@@ -93,8 +118,22 @@ pub enum Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
     Destroy,
+    Pause,
+    Resume,
     Touch,
     Exec,
+    /// Make others that begin where it is.
+    Fork,
+    /// Make a template that begins where it is.
+    Snapshot,
+}
+
+/// Where a capsule begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Origin {
+    Template,
+    /// What another capsule was at one moment, which does not come again.
+    Fork,
 }
 
 /// The answer to a [`Command`].
@@ -115,49 +154,88 @@ pub enum Decision {
 pub enum Action {
     Nothing,
     Create,
+    Pause,
     Destroy,
+    /// It was asked for and will not come about.
+    GiveUp,
 }
 
-/// How long the request that made a capsule may take to reach its host before a reconciler makes it again. Making twice is
-/// harmless, so this only saves work.
-pub const CREATE_GRACE: Duration = Duration::from_secs(60);
+/// How long a request may take to reach its host before a reconciler makes it again. Making one twice is harmless, so this only
+/// saves work.
+pub const GRACE: Duration = Duration::from_secs(60);
+/// How long a fork may take to reach its host. It cannot be made again, and the last of many children waits for the others.
+pub const FORK_GRACE: Duration = Duration::from_secs(600);
 
 /// The word a client sees.
 pub fn status(desired: Desired, observed: Observed) -> Status {
     match (desired, observed) {
-        (Desired::Running, Observed::Unreported) => Status::Pending,
-        (Desired::Running, Observed::Starting) => Status::Starting,
-        (Desired::Running, Observed::Running) => Status::Running,
-        (Desired::Running, Observed::Missing) => Status::Missing,
-        (Desired::Running, Observed::Failed) => Status::Error,
-        (Desired::Running, Observed::Stopping)
-        | (
+        (_, Observed::Stopped) | (Desired::Stopped, Observed::Failed) => Status::Stopped,
+        (
             Desired::Stopped,
-            Observed::Unreported | Observed::Starting | Observed::Running | Observed::Stopping | Observed::Missing,
+            Observed::Unreported
+            | Observed::Starting
+            | Observed::Running
+            | Observed::Pausing
+            | Observed::Paused
+            | Observed::Resuming
+            | Observed::Stopping
+            | Observed::Missing,
         ) => Status::Stopping,
-        (Desired::Running | Desired::Stopped, Observed::Stopped) | (Desired::Stopped, Observed::Failed) => {
-            Status::Stopped
-        }
+        (Desired::Running | Desired::Paused, observed) => match observed {
+            Observed::Unreported => Status::Pending,
+            Observed::Starting => Status::Starting,
+            Observed::Running if desired == Desired::Running => Status::Running,
+            Observed::Resuming if desired == Desired::Running => Status::Resuming,
+            Observed::Running | Observed::Resuming | Observed::Pausing => Status::Pausing,
+            Observed::Paused => Status::Paused,
+            Observed::Stopping => Status::Stopping,
+            Observed::Missing => Status::Missing,
+            Observed::Failed => Status::Error,
+            Observed::Stopped => Status::Stopped,
+        },
     }
 }
 
 /// Whether a client's verb is possible now.
 pub fn decide(state: State, command: Command) -> Decision {
-    match (command, state.desired, state.observed) {
-        (Command::Destroy, Desired::Running, _) => Decision::Act,
-        (Command::Destroy, Desired::Stopped, observed) => {
-            if observed.ended() {
-                Decision::Done
-            } else {
-                Decision::Act
-            }
-        }
-        (Command::Touch | Command::Exec, Desired::Running, observed) => match observed {
-            Observed::Unreported | Observed::Starting => Decision::Wait,
+    let State { desired, observed, .. } = state;
+    match (command, desired) {
+        (Command::Destroy, Desired::Running | Desired::Paused) => Decision::Act,
+        (Command::Destroy, Desired::Stopped) if observed.ended() => Decision::Done,
+        (Command::Destroy, Desired::Stopped) => Decision::Act,
+        (
+            Command::Pause | Command::Resume | Command::Touch | Command::Exec | Command::Fork | Command::Snapshot,
+            Desired::Stopped,
+        ) => Decision::Refuse,
+        (Command::Pause, Desired::Running | Desired::Paused) => match observed {
             Observed::Running => Decision::Act,
+            Observed::Paused => Decision::Done,
+            Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming => Decision::Wait,
             Observed::Stopping | Observed::Missing | Observed::Stopped | Observed::Failed => Decision::Refuse,
         },
-        (Command::Touch | Command::Exec, Desired::Stopped, _) => Decision::Refuse,
+        (Command::Resume, Desired::Running | Desired::Paused) => match observed {
+            Observed::Paused => Decision::Act,
+            Observed::Running if desired == Desired::Running => Decision::Done,
+            // Among them one that is about to be paused.
+            Observed::Running | Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming => {
+                Decision::Wait
+            }
+            Observed::Stopping | Observed::Missing | Observed::Stopped | Observed::Failed => Decision::Refuse,
+        },
+        (Command::Touch | Command::Exec | Command::Fork | Command::Snapshot, Desired::Running | Desired::Paused) => {
+            match observed {
+                Observed::Running if desired == Desired::Running => Decision::Act,
+                // Among them those that will be refused when they are paused: by then it is known.
+                Observed::Running
+                | Observed::Unreported
+                | Observed::Starting
+                | Observed::Pausing
+                | Observed::Resuming => Decision::Wait,
+                Observed::Paused | Observed::Stopping | Observed::Missing | Observed::Stopped | Observed::Failed => {
+                    Decision::Refuse
+                }
+            }
+        }
     }
 }
 
@@ -176,6 +254,9 @@ pub fn observe(state: State, event: Event) -> Option<State> {
                 observed: match reported {
                     HostState::Starting => Observed::Starting,
                     HostState::Running => Observed::Running,
+                    HostState::Pausing => Observed::Pausing,
+                    HostState::Paused => Observed::Paused,
+                    HostState::Resuming => Observed::Resuming,
                     HostState::Stopping => Observed::Stopping,
                     HostState::Stopped => Observed::Stopped,
                     HostState::Failed => Observed::Failed,
@@ -187,23 +268,44 @@ pub fn observe(state: State, event: Event) -> Option<State> {
         Event::StartFailed => becomes(Observed::Failed),
         Event::Destroyed => becomes(Observed::Stopped),
         Event::Absent => match (state.desired, state.observed) {
-            (Desired::Stopped, _) | (Desired::Running, Observed::Stopping) => becomes(Observed::Stopped),
-            (Desired::Running, Observed::Starting | Observed::Running) => becomes(Observed::Missing),
-            // The request that makes it may be on its way.
-            (Desired::Running, Observed::Unreported | Observed::Missing | Observed::Stopped | Observed::Failed) => None,
+            (Desired::Stopped, _) | (Desired::Running | Desired::Paused, Observed::Stopping) => {
+                becomes(Observed::Stopped)
+            }
+            (
+                Desired::Running | Desired::Paused,
+                Observed::Starting | Observed::Running | Observed::Pausing | Observed::Paused | Observed::Resuming,
+            ) => becomes(Observed::Missing),
+            (
+                Desired::Running | Desired::Paused,
+                // The request that makes it may be on its way.
+                Observed::Unreported | Observed::Missing | Observed::Stopped | Observed::Failed,
+            ) => None,
         },
     }
 }
 
-/// What to do about a capsule, given what its host lists for it (`None`: nothing) and how long ago it was asked for.
+/// What to do about a capsule, given what its host lists for it (`None`: nothing) and how long ago its row last changed.
 /// `state` already contains that listing.
-pub fn reconcile(state: State, on_host: Option<HostState>, age: Duration) -> Action {
-    let wanted = state.desired == Desired::Running && !state.observed.ended();
+pub fn reconcile(state: State, origin: Origin, on_host: Option<HostState>, age: Duration) -> Action {
+    let wanted = state.desired != Desired::Stopped && !state.observed.ended();
     match on_host {
-        Some(HostState::Starting | HostState::Running) if !wanted => Action::Destroy,
-        Some(HostState::Starting | HostState::Running) => Action::Nothing,
+        Some(
+            HostState::Starting | HostState::Running | HostState::Pausing | HostState::Paused | HostState::Resuming,
+        ) if !wanted => Action::Destroy,
+        Some(HostState::Running)
+            if state.desired == Desired::Paused && state.observed == Observed::Running && age >= GRACE =>
+        {
+            Action::Pause
+        }
+        Some(
+            HostState::Starting | HostState::Running | HostState::Pausing | HostState::Paused | HostState::Resuming,
+        ) => Action::Nothing,
         Some(HostState::Stopping | HostState::Stopped | HostState::Failed) => Action::Nothing,
-        None if wanted && state.observed == Observed::Unreported && age >= CREATE_GRACE => Action::Create,
+        None if wanted && state.observed == Observed::Unreported => match origin {
+            Origin::Template if age >= GRACE => Action::Create,
+            Origin::Fork if age >= FORK_GRACE => Action::GiveUp,
+            Origin::Template | Origin::Fork => Action::Nothing,
+        },
         None => Action::Nothing,
     }
 }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn desired() -> impl Strategy<Value = Desired> {
-    prop_oneof![Just(Desired::Running), Just(Desired::Stopped)]
+    prop_oneof![Just(Desired::Running), Just(Desired::Paused), Just(Desired::Stopped)]
 }
 
 fn observed() -> impl Strategy<Value = Observed> {
@@ -12,6 +12,9 @@ fn observed() -> impl Strategy<Value = Observed> {
         Just(Unreported),
         Just(Starting),
         Just(Running),
+        Just(Pausing),
+        Just(Paused),
+        Just(Resuming),
         Just(Stopping),
         Just(Missing),
         Just(Stopped),
@@ -21,7 +24,25 @@ fn observed() -> impl Strategy<Value = Observed> {
 
 fn host_state() -> impl Strategy<Value = HostState> {
     use HostState::*;
-    prop_oneof![Just(Starting), Just(Running), Just(Stopping), Just(Stopped), Just(Failed)]
+    prop_oneof![
+        Just(Starting),
+        Just(Running),
+        Just(Pausing),
+        Just(Paused),
+        Just(Resuming),
+        Just(Stopping),
+        Just(Stopped),
+        Just(Failed)
+    ]
+}
+
+fn origin() -> impl Strategy<Value = Origin> {
+    prop_oneof![Just(Origin::Template), Just(Origin::Fork)]
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    use Command::*;
+    prop_oneof![Just(Destroy), Just(Pause), Just(Resume), Just(Touch), Just(Exec), Just(Fork), Just(Snapshot)]
 }
 
 fn state() -> impl Strategy<Value = State> {
@@ -97,10 +118,10 @@ proptest! {
 
     #[test]
     fn only_a_running_capsule_is_used(state in state()) {
-        for command in [Command::Touch, Command::Exec] {
+        for command in [Command::Touch, Command::Exec, Command::Fork, Command::Snapshot] {
             let expected = match word(state) {
                 Status::Running => Decision::Act,
-                Status::Pending | Status::Starting => Decision::Wait,
+                Status::Pending | Status::Starting | Status::Pausing | Status::Resuming => Decision::Wait,
                 _ => Decision::Refuse,
             };
             prop_assert_eq!(decide(state, command), expected, "{:?}", state);
@@ -108,40 +129,90 @@ proptest! {
         prop_assert_eq!(decide(state, Command::Destroy) == Decision::Done, state.desired == Desired::Stopped && state.observed.ended());
     }
 
+    /// What is done already shows, and what is refused cannot become possible by waiting for what goes on.
     #[test]
-    fn a_wanted_capsule_is_never_destroyed(state in state(), on_host in prop::option::of(host_state()), age: u32) {
-        let action = reconcile(state, on_host, Duration::from_secs(age.into()));
-        let wanted = state.desired == Desired::Running && !state.observed.ended();
+    fn pause_and_resume_follow_the_word(state in state()) {
+        let (pause, resume) = (decide(state, Command::Pause), decide(state, Command::Resume));
+        match word(state) {
+            Status::Running => prop_assert_eq!((pause, resume), (Decision::Act, Decision::Done)),
+            Status::Paused => prop_assert_eq!((pause, resume), (Decision::Done, Decision::Act)),
+            // A pause that is under way may be asked for again: its host does it once.
+            Status::Pausing => {
+                prop_assert_eq!(pause == Decision::Act, state.observed == Observed::Running);
+                prop_assert_eq!(resume, Decision::Wait);
+            }
+            Status::Pending | Status::Starting | Status::Resuming => {
+                prop_assert_eq!((pause, resume), (Decision::Wait, Decision::Wait));
+            }
+            _ => prop_assert_eq!((pause, resume), (Decision::Refuse, Decision::Refuse)),
+        }
+    }
+
+    /// Nobody waits for what does not come: a host that goes on with what it is doing leads out of every wait.
+    #[test]
+    fn waiting_ends(start in state(), command in command()) {
+        let mut state = start;
+        for generation in start.generation + 1..start.generation + 6 {
+            if decide(state, command) != Decision::Wait {
+                return Ok(());
+            }
+            let next = match (state.observed, state.desired) {
+                (Observed::Running, Desired::Paused) => HostState::Pausing,
+                (Observed::Pausing, _) => HostState::Paused,
+                (Observed::Unreported, _) => HostState::Starting,
+                (Observed::Starting | Observed::Resuming, _) => HostState::Running,
+                other => panic!("nothing goes on in {other:?}"),
+            };
+            state = observe(state, Event::Reported { state: next, generation }).expect("it is news");
+        }
+        prop_assert!(false, "{:?} still waits in {:?}", start, state);
+    }
+
+    #[test]
+    fn a_wanted_capsule_is_never_destroyed(
+        state in state(),
+        origin in origin(),
+        on_host in prop::option::of(host_state()),
+        age: u32,
+    ) {
+        let action = reconcile(state, origin, on_host, Duration::from_secs(age.into()));
+        let wanted = state.desired != Desired::Stopped && !state.observed.ended();
         prop_assert!(action != Action::Destroy || !wanted);
-        prop_assert!(action != Action::Create || wanted);
+        prop_assert!(action != Action::Create || (wanted && origin == Origin::Template));
+        prop_assert!(action != Action::GiveUp || (wanted && origin == Origin::Fork && on_host.is_none()));
+        prop_assert!(action != Action::Pause || (state.desired == Desired::Paused && on_host == Some(HostState::Running)));
     }
 
     /// A host that obeys, and a reconciler that comes around: whatever happened before, wish and fact agree in the end.
     #[test]
     fn reconciling_converges(
         start in state(),
+        origin in origin(),
         mut on_host in prop::option::of(host_state()),
         progress in prop::collection::vec(any::<bool>(), 12),
     ) {
         let mut state = start;
         // The host is ahead of what is known.
         let mut generation = start.generation + 1;
-        let old = CREATE_GRACE;
+        let old = FORK_GRACE;
         let mut destroyed = false;
         for step in progress.into_iter().chain([true; 12]) {
             let fact = on_host.map_or(Event::Absent, |state| Event::Reported { state, generation });
             state = observe(state, fact).unwrap_or(state);
-            match reconcile(state, on_host, old) {
+            match reconcile(state, origin, on_host, old) {
                 Action::Nothing => {}
                 Action::Create => (on_host, generation) = (Some(HostState::Starting), generation + 1),
+                Action::Pause => (on_host, generation) = (Some(HostState::Pausing), generation + 1),
                 Action::Destroy => {
                     (on_host, generation, destroyed) = (None, generation + 1, true);
                     state = observe(state, Event::Destroyed).unwrap_or(state);
                 }
+                Action::GiveUp => state = observe(state, Event::StartFailed).unwrap_or(state),
             }
             // The host's own progress.
             let next = match on_host {
-                Some(HostState::Starting) => Some(HostState::Running),
+                Some(HostState::Starting | HostState::Resuming) => Some(HostState::Running),
+                Some(HostState::Pausing) => Some(HostState::Paused),
                 Some(HostState::Stopping) => Some(HostState::Stopped),
                 other => other,
             };
@@ -149,12 +220,14 @@ proptest! {
                 (on_host, generation) = (next, generation + 1);
             }
         }
-        let runs = on_host == Some(HostState::Running);
+        let (runs, paused) = (on_host == Some(HostState::Running), on_host == Some(HostState::Paused));
         prop_assert_eq!(word(state) == Status::Running, runs, "{:?} {:?}", state, on_host);
+        prop_assert_eq!(word(state) == Status::Paused, paused, "{:?} {:?}", state, on_host);
         if start.desired == Desired::Stopped || start.observed.ended() {
-            prop_assert!(state.observed.ended() && !runs);
+            prop_assert!(state.observed.ended() && !runs && !paused);
         } else {
             prop_assert!(!destroyed);
+            prop_assert!(start.desired != Desired::Paused || !runs);
         }
     }
 }
@@ -182,21 +255,71 @@ fn a_whole_life() {
 }
 
 #[test]
+fn asleep_and_awake() {
+    let report = |state, generation| Event::Reported { state, generation };
+    let mut state = State { observed: Observed::Running, generation: 2, ..State::NEW };
+    let mut seen = Vec::new();
+    for (desired, fact) in [
+        // By itself, and back.
+        (Desired::Running, report(HostState::Pausing, 3)),
+        (Desired::Running, report(HostState::Paused, 4)),
+        (Desired::Running, report(HostState::Resuming, 5)),
+        (Desired::Running, report(HostState::Running, 6)),
+        // On request: the wish shows before the host has heard it.
+        (Desired::Paused, report(HostState::Running, 6)),
+        (Desired::Paused, report(HostState::Pausing, 7)),
+        (Desired::Paused, report(HostState::Paused, 8)),
+        (Desired::Paused, report(HostState::Running, 6)),
+        (Desired::Paused, Event::Absent),
+        (Desired::Paused, report(HostState::Paused, 8)),
+        (Desired::Stopped, report(HostState::Paused, 8)),
+        (Desired::Stopped, Event::Destroyed),
+    ] {
+        state = State { desired, ..state };
+        state = observe(state, fact).unwrap_or(state);
+        seen.push(word(state));
+    }
+    use Status::*;
+    assert_eq!(
+        seen,
+        [Pausing, Paused, Resuming, Running, Pausing, Pausing, Paused, Paused, Missing, Paused, Stopping, Stopped]
+    );
+}
+
+#[test]
 fn a_lost_request_is_made_again_only_after_a_while() {
-    assert_eq!(reconcile(State::NEW, None, Duration::ZERO), Action::Nothing);
-    assert_eq!(reconcile(State::NEW, None, CREATE_GRACE), Action::Create);
+    let again = |state, on_host, age| reconcile(state, Origin::Template, on_host, age);
+    assert_eq!(again(State::NEW, None, Duration::ZERO), Action::Nothing);
+    assert_eq!(again(State::NEW, None, GRACE), Action::Create);
     let missing = State { observed: Observed::Missing, ..State::NEW };
     assert_eq!(
-        reconcile(missing, None, CREATE_GRACE),
+        again(missing, None, GRACE),
         Action::Nothing,
         "what ran once is not started over behind its owner's back"
     );
+
+    let asked = State { desired: Desired::Paused, observed: Observed::Running, generation: 2 };
+    assert_eq!(again(asked, Some(HostState::Running), Duration::ZERO), Action::Nothing);
+    assert_eq!(again(asked, Some(HostState::Running), GRACE), Action::Pause);
+    let auto_paused = State { observed: Observed::Paused, ..State::NEW };
+    assert_eq!(
+        again(auto_paused, Some(HostState::Paused), GRACE),
+        Action::Nothing,
+        "it is resumed when it is asked for"
+    );
+}
+
+#[test]
+fn a_lost_fork_is_given_up() {
+    assert_eq!(reconcile(State::NEW, Origin::Fork, None, GRACE), Action::Nothing);
+    assert_eq!(reconcile(State::NEW, Origin::Fork, None, FORK_GRACE), Action::GiveUp);
+    assert_eq!(reconcile(State::NEW, Origin::Fork, Some(HostState::Starting), FORK_GRACE), Action::Nothing);
 }
 
 #[test]
 fn what_failed_to_start_but_runs_is_ended() {
     let failed = observe(State::NEW, Event::StartFailed).unwrap();
     assert_eq!(word(failed), Status::Error);
-    assert_eq!(reconcile(failed, Some(HostState::Running), Duration::ZERO), Action::Destroy);
+    assert_eq!(reconcile(failed, Origin::Template, Some(HostState::Running), Duration::ZERO), Action::Destroy);
     assert_eq!(word(State { desired: Desired::Stopped, ..failed }), Status::Stopped);
 }

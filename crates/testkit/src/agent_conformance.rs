@@ -1,7 +1,12 @@
 //! What every host agent promises, as checks against one that listens. The fake passes them, and the real one must.
 //!
+//! What a fork and a template carry over of a guest's inside is not checked here: the fake has no such thing.
+//!
 //! Each check panics with what was broken, and leaves nothing on the host. A host that is given to [`all`] may have other
 //! capsules; they are not looked at.
+
+mod asleep;
+mod copies;
 
 use std::time::Duration;
 
@@ -31,6 +36,8 @@ pub async fn all(subject: &Subject) {
     what_is_not_there(subject).await;
     specifications_are_checked(subject).await;
     the_host_says_what_it_is(subject).await;
+    asleep::all(subject).await;
+    copies::all(subject).await;
 }
 
 impl Subject {
@@ -92,6 +99,23 @@ impl Subject {
         assert_eq!(self.touch(id).await.expect_err("what is gone is not touched").code, ErrorCode::NotFound);
         let error = self.guest(id, "echo", &["x"]).await.expect_err("what is gone has no guest");
         assert!(matches!(error.code, ErrorCode::NotFound | ErrorCode::Unimplemented), "{error}");
+    }
+
+    /// Waits until the guest runs that command.
+    async fn until_guest_has(&self, id: &str, cmd: &str) {
+        let processes = Transport::new(self.endpoint.clone()).guest(id.parse().expect("an id"));
+        let found = async {
+            loop {
+                let listed =
+                    processes.list(ListRequest::default()).await.expect("a running capsule lists its processes");
+                let listed = listed.into_owned().processes;
+                if listed.iter().any(|process| process.config.as_option().is_some_and(|config| config.cmd == cmd)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, found).await.expect("the guest runs what it was asked to run");
     }
 
     /// Runs a command in the guest; its standard output and exit code.

@@ -1,7 +1,9 @@
 //! A host agent whose capsules are processes: the whole contract over a real socket, without a virtual machine. What is inside a
-//! capsule is a real envd; only its life is imagined.
+//! capsule is a real envd; only its life is imagined. A pause stops its processes where they are. A fork, and a capsule made from
+//! a template of another, gets a fresh envd: that what is in a guest is copied, the fake does not imitate.
 
 mod guest;
+mod life;
 mod service;
 
 use std::collections::BTreeMap;
@@ -9,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt, REFUSAL_HEADER, Transport};
+use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt, REFUSAL_HEADER, Template, Transport};
 use api::CapsuleId;
 use axum::extract::{self, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -40,19 +42,27 @@ pub struct FakeAgent {
 
 pub(crate) struct Inner {
     capsules: Mutex<BTreeMap<String, Entry>>,
-    /// Whether creates may go on past STARTING.
+    templates: Mutex<BTreeMap<String, Template>>,
+    /// Whether what is under way may go on past STARTING, PAUSING and RESUMING.
     open: watch::Sender<bool>,
     /// What the next creates answer instead of working.
     failure: Mutex<Option<ErrorCode>>,
+    /// What the next pauses, resumes, forks and snapshots answer instead of working.
+    change_failure: Mutex<Option<ErrorCode>>,
+    /// How many capsules may run.
+    room: Mutex<usize>,
     connections: AtomicUsize,
     creates: watch::Sender<usize>,
     destroys: watch::Sender<usize>,
+    pauses: watch::Sender<usize>,
 }
 
 struct Entry {
     capsule: Capsule,
-    /// While it runs.
+    /// Until it ends.
     guest: Option<Arc<Guest>>,
+    /// Held by what moves it through its life, but for its end, which waits for nothing.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl FakeAgent {
@@ -62,11 +72,15 @@ impl FakeAgent {
         let path = dir.path().join("agent.sock");
         let inner = Arc::new(Inner {
             capsules: Mutex::default(),
+            templates: Mutex::default(),
             open: watch::Sender::new(true),
             failure: Mutex::default(),
+            change_failure: Mutex::default(),
+            room: Mutex::new(usize::MAX),
             connections: AtomicUsize::new(0),
             creates: watch::Sender::new(0),
             destroys: watch::Sender::new(0),
+            pauses: watch::Sender::new(0),
         });
         let server = Some(listen(&inner, &path));
         Self { inner, path, server, tcp: None, _dir: dir }
@@ -98,12 +112,12 @@ impl FakeAgent {
         self.server = Some(listen(&self.inner, &self.path));
     }
 
-    /// Creates begun from now on stay STARTING until [`FakeAgent::release`].
+    /// Creates, pauses and resumes begun from now on stay STARTING, PAUSING and RESUMING until [`FakeAgent::release`].
     pub fn hold(&self) {
         self.inner.open.send_replace(false);
     }
 
-    /// Lets held creates go on.
+    /// Lets what is held go on.
     pub fn release(&self) {
         self.inner.open.send_replace(true);
     }
@@ -111,6 +125,26 @@ impl FakeAgent {
     /// Creates from now on answer this code and leave nothing; `None` heals the host.
     pub fn fail_creates(&self, code: Option<ErrorCode>) {
         *self.inner.failure.lock().expect("no panics under this lock") = code;
+    }
+
+    /// Pauses, resumes, forks and snapshots from now on answer this code and change nothing; `None` heals the host.
+    pub fn fail_changes(&self, code: Option<ErrorCode>) {
+        *self.inner.change_failure.lock().expect("no panics under this lock") = code;
+    }
+
+    /// No more than that many capsules may run from now on.
+    pub fn make_room(&self, capsules: usize) {
+        *self.inner.room.lock().expect("no panics under this lock") = capsules;
+    }
+
+    /// The host pauses the capsule by itself, as when nothing happened for its timeout.
+    pub async fn doze(&self, id: CapsuleId) {
+        life::pause(&self.inner, &id.to_string(), "nothing happened for 60 s").await.expect("it can be paused");
+    }
+
+    /// The names of the templates that were made of capsules here.
+    pub fn templates(&self) -> Vec<String> {
+        self.inner.templates.lock().expect("no panics under this lock").keys().cloned().collect()
     }
 
     /// The capsule ends by itself.
@@ -129,7 +163,7 @@ impl FakeAgent {
         self.inner.capsules().insert(id.to_string(), Entry::new(capsule));
     }
 
-    /// The ids of capsules that hold anything: every one that is starting, running or stopping.
+    /// The ids of capsules that hold anything: every one that has not ended.
     pub fn alive(&self) -> Vec<String> {
         let alive = |state: &CapsuleState| {
             !matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
@@ -162,6 +196,11 @@ impl FakeAgent {
     /// How often a destroy has been done, and a way to wait for the next.
     pub fn destroys(&self) -> watch::Receiver<usize> {
         self.inner.destroys.subscribe()
+    }
+
+    /// How often a pause has been asked for, and a way to wait for the next.
+    pub fn pauses(&self) -> watch::Receiver<usize> {
+        self.inner.pauses.subscribe()
     }
 }
 
@@ -197,7 +236,7 @@ where
 impl Entry {
     fn new(capsule: Capsule) -> Self {
         let guest = Guest::new(capsule.spec.clone().into_option().unwrap_or_default());
-        Self { capsule, guest: Some(Arc::new(guest)) }
+        Self { capsule, guest: Some(Arc::new(guest)), turn: Arc::default() }
     }
 }
 
@@ -229,7 +268,7 @@ async fn guest(
     mut request: Request,
 ) -> Response {
     let guest = match inner.capsules().get_mut(&id) {
-        Some(Entry { capsule, guest: Some(guest) }) if capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
+        Some(Entry { capsule, guest: Some(guest), .. }) if capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
             capsule.last_active_unix_ms = service::now_ms();
             guest.clone()
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use api::{CapsuleId, CapsuleSpec, HostId, TeamId};
 use chrono::{DateTime, Utc};
-use lifecycle::{Desired, Observed, State};
+use lifecycle::{Desired, Observed, Origin, State};
 use sea_orm::entity::prelude::*;
 use sea_orm::{ActiveValue::Set, DatabaseConnection, QueryOrder};
 
@@ -35,6 +35,7 @@ pub struct Model {
     pub started_at: Option<DateTimeUtc>,
     pub last_active_at: Option<DateTimeUtc>,
     pub last_updated: DateTimeUtc,
+    pub parent_id: Option<Uuid>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -50,14 +51,40 @@ pub struct Capsule {
     pub host: HostId,
     pub spec: CapsuleSpec,
     pub created_at: DateTime<Utc>,
+    /// The capsule it is a fork of.
+    pub parent: Option<CapsuleId>,
     pub life: Life,
+}
+
+impl Capsule {
+    /// A capsule that is about to be asked for.
+    pub fn new(team: TeamId, host: HostId, spec: CapsuleSpec, parent: Option<CapsuleId>) -> Self {
+        let created_at = now();
+        let life = Life {
+            state: State::NEW,
+            reason: None,
+            versions: BTreeMap::new(),
+            started_at: None,
+            last_active_at: None,
+            last_updated: created_at,
+        };
+        Self { id: CapsuleId::random(), team, host, spec, created_at, parent, life }
+    }
+
+    /// Where it begins.
+    pub fn origin(&self) -> Origin {
+        match self.parent {
+            Some(_) => Origin::Fork,
+            None => Origin::Template,
+        }
+    }
 }
 
 /// The part of a capsule's row that changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Life {
     pub state: State,
-    /// Why it ended or is missing, for a person to read.
+    /// Why it ended, is missing or was paused, for a person to read.
     pub reason: Option<String>,
     /// Of the programs that run it, as its host reports them.
     pub versions: BTreeMap<String, String>,
@@ -69,18 +96,22 @@ pub struct Life {
 fn desired_word(desired: Desired) -> &'static str {
     match desired {
         Desired::Running => "running",
+        Desired::Paused => "paused",
         Desired::Stopped => "stopped",
     }
 }
 
 fn desired_of(word: &str) -> Option<Desired> {
-    [Desired::Running, Desired::Stopped].into_iter().find(|&desired| desired_word(desired) == word)
+    [Desired::Running, Desired::Paused, Desired::Stopped].into_iter().find(|&desired| desired_word(desired) == word)
 }
 
-const OBSERVED: [Observed; 7] = [
+const OBSERVED: [Observed; 10] = [
     Observed::Unreported,
     Observed::Starting,
     Observed::Running,
+    Observed::Pausing,
+    Observed::Paused,
+    Observed::Resuming,
     Observed::Stopping,
     Observed::Missing,
     Observed::Stopped,
@@ -92,6 +123,9 @@ fn observed_word(observed: Observed) -> &'static str {
         Observed::Unreported => "unreported",
         Observed::Starting => "starting",
         Observed::Running => "running",
+        Observed::Pausing => "pausing",
+        Observed::Paused => "paused",
+        Observed::Resuming => "resuming",
         Observed::Stopping => "stopping",
         Observed::Missing => "missing",
         Observed::Stopped => "stopped",
@@ -129,6 +163,7 @@ impl TryFrom<Model> for Capsule {
                 metadata: row.metadata.0,
             },
             created_at: row.created_at,
+            parent: row.parent_id.map(CapsuleId),
             life: Life {
                 state: State {
                     desired: desired_of(&row.desired).ok_or_else(|| corrupt("capsules.desired", &row.desired))?,
@@ -151,33 +186,24 @@ fn column<T: TryFrom<u64>>(value: impl Into<u64>, end: T) -> T {
     T::try_from(value.into()).unwrap_or(end)
 }
 
-/// Writes down a capsule that was just asked for.
-pub async fn insert(db: &DatabaseConnection, team: TeamId, host: HostId, spec: CapsuleSpec) -> Result<Capsule, Error> {
-    let created_at = now();
-    let life = Life {
-        state: State::NEW,
-        reason: None,
-        versions: BTreeMap::new(),
-        started_at: None,
-        last_active_at: None,
-        last_updated: created_at,
-    };
-    let capsule = Capsule { id: CapsuleId::random(), team, host, spec, created_at, life };
-    let row = ActiveModel {
+/// Writes down capsules that are about to be asked for: all or none.
+pub async fn insert(db: &DatabaseConnection, capsules: &[Capsule]) -> Result<(), Error> {
+    let rows = capsules.iter().map(|capsule| ActiveModel {
         id: Set(capsule.id.0),
-        team_id: Set(team.0),
-        host_id: Set(host.0),
+        team_id: Set(capsule.team.0),
+        host_id: Set(capsule.host.0),
         template: Set(capsule.spec.template.to_string()),
         vcpus: Set(column(capsule.spec.vcpus, i32::MAX)),
         memory_mb: Set(column(capsule.spec.memory_mb, i32::MAX)),
         disk_size_mb: Set(column(capsule.spec.disk_size_mb, i32::MAX)),
         timeout_sec: Set(column(capsule.spec.timeout_sec, i32::MAX)),
         metadata: Set(Pairs(capsule.spec.metadata.clone())),
-        created_at: Set(created_at),
+        created_at: Set(capsule.created_at),
+        parent_id: Set(capsule.parent.map(|parent| parent.0)),
         ..changing(&capsule.life)
-    };
-    Entity::insert(row).exec_without_returning(db).await?;
-    Ok(capsule)
+    });
+    Entity::insert_many(rows).exec_without_returning(db).await?;
+    Ok(())
 }
 
 /// The columns that change.

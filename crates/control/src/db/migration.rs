@@ -7,7 +7,7 @@ pub struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Beginning)]
+        vec![Box::new(Beginning), Box::new(Snapshots)]
     }
 }
 
@@ -94,5 +94,38 @@ impl MigrationTrait for Beginning {
             Index::create().name("capsules_of_host").table("capsules").col("host_id").col("observed").to_owned();
         manager.create_index(of_team).await?;
         manager.create_index(of_host).await
+    }
+}
+
+/// Forks, templates that came of capsules, and what hosts still have to forget.
+struct Snapshots;
+
+impl MigrationName for Snapshots {
+    fn name(&self) -> &str {
+        "m0002_snapshots"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Snapshots {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let sized = Table::alter()
+            .table("templates")
+            // What the templates that are there already are.
+            .add_column(integer("disk_size_mb").default(5120))
+            .to_owned();
+        let forked = Table::alter().table("capsules").add_column(uuid_null("parent_id")).to_owned();
+        for table in [sized, forked] {
+            manager.alter_table(table).await?;
+        }
+        // Under the id of the template, whose row is not there yet or not any more.
+        let garbage = table("template_garbage")
+            .col(uuid("host_id"))
+            .col(text("image"))
+            // Not before: until then it is still being made.
+            .col(timestamp_with_time_zone("due_at"))
+            .foreign_key(&mut belongs("template_garbage", "host_id", "hosts"))
+            .to_owned();
+        manager.create_table(garbage).await
     }
 }

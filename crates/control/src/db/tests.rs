@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use api::{CapsuleId, CreateCapsule, SafeName, TeamId};
+use api::{CapsuleId, CreateCapsule, SafeName, TeamId, TemplateId};
 use lifecycle::{Desired, Observed, State};
 use sea_orm::{ConnectionTrait, DbBackend};
 use testkit::Postgres;
@@ -36,9 +36,11 @@ async fn a_team(db: &DatabaseConnection, slug: &str) -> TeamId {
 
 async fn a_capsule(db: &DatabaseConnection, team: TeamId) -> Capsule {
     let spec = CreateCapsule { metadata: Some([("k".into(), "ü\"'".into())].into()), ..Default::default() }
-        .validate()
+        .validate(None)
         .unwrap();
-    capsule::insert(db, team, host::CONFIGURED, spec).await.unwrap()
+    let capsule = Capsule::new(team, host::CONFIGURED, spec, None);
+    capsule::insert(db, std::slice::from_ref(&capsule)).await.unwrap();
+    capsule
 }
 
 #[tokio::test]
@@ -129,14 +131,20 @@ async fn what_ended_is_not_alive() {
             Observed::Unreported,
             Observed::Starting,
             Observed::Running,
+            Observed::Pausing,
+            Observed::Paused,
+            Observed::Resuming,
             Observed::Stopping,
             Observed::Missing,
             Observed::Stopped,
             Observed::Failed,
         ] {
             let capsule = a_capsule(&db, team).await;
-            let life = Life { state: State { observed, ..State::NEW }, ..capsule.life.clone() };
+            // Paused is a wish too.
+            let state = State { desired: Desired::Paused, observed, ..State::NEW };
+            let life = Life { state, ..capsule.life.clone() };
             assert!(capsule::advance(&db, &capsule, &life).await.unwrap());
+            assert_eq!(capsule::get(&db, team, capsule.id).await.unwrap().unwrap().life.state, state);
             if !observed.ended() {
                 alive.push(capsule.id);
             }
@@ -165,8 +173,8 @@ async fn a_word_nobody_wrote_is_an_error() {
 async fn rows_belong_to_rows() {
     let (stores, _dir) = both().await;
     for (_, db) in stores {
-        let spec = CreateCapsule::default().validate().unwrap();
-        let nobody = capsule::insert(&db, TeamId::random(), host::CONFIGURED, spec).await;
+        let spec = CreateCapsule::default().validate(None).unwrap();
+        let nobody = capsule::insert(&db, &[Capsule::new(TeamId::random(), host::CONFIGURED, spec, None)]).await;
         assert!(matches!(nobody, Err(Error::Query(_))));
         if db.get_database_backend() == DbBackend::Sqlite {
             let row = db
@@ -175,5 +183,95 @@ async fn rows_belong_to_rows() {
                 .unwrap();
             assert_eq!(row.unwrap().try_get_by_index::<String>(0).unwrap(), "wal");
         }
+    }
+}
+
+#[tokio::test]
+async fn forks_know_their_parent() {
+    let (stores, _dir) = both().await;
+    for (_, db) in stores {
+        let team = a_team(&db, "one").await;
+        let parent = a_capsule(&db, team).await;
+        let fork = || Capsule::new(team, host::CONFIGURED, parent.spec.clone(), Some(parent.id));
+        let forks: Vec<_> = (0..100).map(|_| fork()).collect();
+        capsule::insert(&db, &forks).await.unwrap();
+        assert_eq!(capsule::get(&db, team, forks[99].id).await.unwrap().as_ref(), Some(&forks[99]));
+        assert_eq!(capsule::list(&db, team).await.unwrap().len(), 101);
+        // One that cannot be written leaves none.
+        let twice = [fork(), forks[0].clone()];
+        assert!(capsule::insert(&db, &twice).await.is_err());
+        assert_eq!(capsule::get(&db, team, twice[0].id).await.unwrap(), None);
+    }
+}
+
+fn a_snapshot(team: TeamId, name: &str) -> template::Snapshot {
+    template::Snapshot {
+        id: TemplateId::random(),
+        team,
+        name: name.parse().unwrap(),
+        sizes: api::Sizes { vcpus: 2, memory_mb: 1024, disk_size_mb: 6000 },
+        size_bytes: u64::MAX,
+        default_env: BTreeMap::from([("A".into(), "b".into())]),
+        metadata: BTreeMap::new(),
+    }
+}
+
+/// Publishes, as if it had just been made.
+async fn publish(db: &DatabaseConnection, snapshot: template::Snapshot, overwrite: bool) -> Option<template::Model> {
+    let due = now() + chrono::TimeDelta::hours(1);
+    garbage::insert(db, snapshot.id.0, host::CONFIGURED, &snapshot.id.to_string(), due).await.unwrap();
+    template::publish(db, host::CONFIGURED, snapshot, overwrite).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_template_is_garbage_before_and_after() {
+    let (stores, _dir) = both().await;
+    for (_, db) in stores {
+        let team = a_team(&db, "one").await;
+        let due = async || {
+            garbage::due(&db, host::CONFIGURED).await.unwrap().into_iter().map(|row| row.id).collect::<Vec<_>>()
+        };
+        let one = a_snapshot(team, "mine");
+        let published = publish(&db, one.clone(), false).await;
+        assert!(due().await.is_empty());
+        let row = template::find(&db, team, &one.name).await.unwrap().unwrap();
+        assert_eq!(published.as_ref(), Some(&row));
+        assert_eq!((row.image.as_str(), row.baked().unwrap()), (one.id.to_string().as_str(), Some(one.sizes)));
+
+        let two = a_snapshot(team, "mine");
+        assert_eq!(publish(&db, two.clone(), false).await, None);
+        garbage::hasten(&db, two.id.0).await.unwrap();
+        assert_eq!(due().await, [two.id.0], "what could not be published is garbage still");
+        garbage::remove(&db, two.id.0).await.unwrap();
+
+        let three = a_snapshot(team, "mine");
+        assert_eq!(publish(&db, three.clone(), true).await.unwrap().id, three.id.0);
+        assert_eq!(due().await, [one.id.0]);
+        let names = async |kind| -> Vec<_> {
+            template::list(&db, team, kind).await.unwrap().into_iter().map(|row| row.name).collect()
+        };
+        assert_eq!(names(None).await, ["mine", "minimal"]);
+        assert_eq!(names(Some(api::TemplateKind::Snapshot)).await, ["mine"]);
+        assert_eq!(names(Some(api::TemplateKind::Base)).await, ["minimal"]);
+
+        let row = template::find(&db, team, &one.name).await.unwrap().unwrap();
+        assert!(template::remove(&db, host::CONFIGURED, &row).await.unwrap());
+        assert!(!template::remove(&db, host::CONFIGURED, &row).await.unwrap(), "once");
+        assert_eq!(due().await.len(), 2);
+        assert_eq!(template::find(&db, team, &one.name).await.unwrap(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_who_take_a_name_one_gets_it() {
+    let (stores, _dir) = both().await;
+    for (_, db) in stores {
+        let team = a_team(&db, "one").await;
+        let attempts = (0..16).map(|_| {
+            let db = db.clone();
+            tokio::spawn(async move { publish(&db, a_snapshot(team, "mine"), false).await })
+        });
+        let done = futures::future::join_all(attempts).await.into_iter().filter_map(Result::unwrap);
+        assert_eq!(done.count(), 1);
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! Caller ─► Capsule (the row is the caller's) ─► Guest (and can be used)
+//!        ─► Template (the row is the caller's, or the platform's)
 //! ```
 
-use api::{Actor, ActorKind, CapsuleId, ErrorCode, TeamId};
+use api::{Actor, ActorKind, CapsuleId, ErrorCode, SafeName, TeamId};
 use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::request::Parts;
 
@@ -70,6 +71,28 @@ impl FromRequestParts<App> for Capsule {
         let caller = Caller::from_request_parts(parts, app).await?;
         let id = id(parts, app).await?;
         let row = caller.capsule(app, id).await?;
+        Ok(Self { caller, row })
+    }
+}
+
+/// The template the path names, which the caller may use.
+pub struct Template {
+    pub caller: Caller,
+    pub row: db::template::Model,
+}
+
+impl FromRequestParts<App> for Template {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
+        let caller = Caller::from_request_parts(parts, app).await?;
+        let name = parameter(parts, app, "name").await?;
+        // What is no name is nobody's.
+        let row = match name.parse::<SafeName>() {
+            Ok(name) => db::template::find(&app.ctx.db, caller.team, &name.canonical_template()).await?,
+            Err(_) => None,
+        };
+        let row = row.ok_or_else(|| Error::new(ErrorCode::NotFound, format!("there is no template `{name}`")))?;
         Ok(Self { caller, row })
     }
 }

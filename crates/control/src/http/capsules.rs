@@ -1,12 +1,12 @@
 //! `/v1/capsules`
 
-use api::{CreateCapsule, ErrorBody};
+use api::{CreateCapsule, ErrorBody, ForkCapsule, Forked};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::App;
-use super::answers::{InCapsule, OfCapsule, OfTeam};
+use super::answers::{InCapsule, OfCapsule, OfGuest, OfTeam};
 use super::body;
 use super::caller::{Caller, Capsule};
 use super::error::Error;
@@ -21,7 +21,7 @@ use crate::{db, op};
     responses(
         (status = 201, description = "The capsule", body = api::Capsule),
         OfTeam,
-        (status = 400, description = "`invalid_request`: a field is outside its bounds", body = ErrorBody),
+        (status = 400, description = "`invalid_request`: a field is outside its bounds, or contradicts the template's built-in sizes", body = ErrorBody),
         (status = 404, description = "`not_found`: there is no such template", body = ErrorBody),
         (status = 413, description = "`too_large`: the body", body = ErrorBody),
         (status = 502, description = "`agent_error`: the host could not start it", body = ErrorBody),
@@ -72,6 +72,51 @@ pub async fn get(Capsule { row, .. }: Capsule) -> Json<api::Capsule> {
 pub async fn destroy(Capsule { caller, row }: Capsule, State(app): State<App>) -> Result<StatusCode, Error> {
     op::destroy::destroy(&app.ctx, row, caller.actor).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Pause a capsule
+///
+/// Its memory and disk are kept, and nothing of it runs. Answers when that is durable, or after 20 seconds with what is. One
+/// that is paused already is answered as it is; one that is starting or resuming is waited for. Open connections into it get 2
+/// seconds to end. A pause that fails leaves it running.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/pause", tag = "capsules", operation_id = "pauseCapsule",
+    params(InCapsule),
+    responses((status = 200, description = "The capsule", body = api::Capsule), OfGuest)
+)]
+pub async fn pause(Capsule { caller, row }: Capsule, State(app): State<App>) -> Result<Json<api::Capsule>, Error> {
+    Ok(Json(op::show(op::pause::pause(&app.ctx, row, caller.actor).await?)))
+}
+
+/// Resume a capsule
+///
+/// It goes on where it was: memory, processes and files. Answers when it runs, or after 20 seconds with what is. One that runs
+/// already is answered as it is; one that is being paused is waited for. A resume that fails leaves it paused.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/resume", tag = "capsules", operation_id = "resumeCapsule",
+    params(InCapsule),
+    responses((status = 200, description = "The capsule", body = api::Capsule), OfGuest)
+)]
+pub async fn resume(Capsule { caller, row }: Capsule, State(app): State<App>) -> Result<Json<api::Capsule>, Error> {
+    Ok(Json(op::show(op::resume::resume(&app.ctx, row, caller.actor).await?)))
+}
+
+/// Fork a capsule
+///
+/// Capsules that begin where this one is now: the same memory, processes and files, but identities, clocks and randomness of
+/// their own. It stands still for milliseconds and runs on. Answers when all run. If one of them cannot start, none is kept.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/fork", tag = "capsules", operation_id = "forkCapsule",
+    params(InCapsule), request_body = ForkCapsule,
+    responses((status = 201, description = "The new capsules", body = Forked), OfGuest)
+)]
+pub async fn fork(
+    Capsule { caller, row }: Capsule,
+    State(app): State<App>,
+    body::Json(request): body::Json<ForkCapsule>,
+) -> Result<(StatusCode, Json<Forked>), Error> {
+    let capsules = op::fork::fork(&app.ctx, row, caller.actor, request).await?;
+    Ok((StatusCode::CREATED, Json(Forked { capsules: capsules.into_iter().map(op::show).collect() })))
 }
 
 /// Keep a capsule awake

@@ -34,6 +34,7 @@ fn status(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::InvalidState | ErrorCode::Conflict => StatusCode::CONFLICT,
@@ -91,7 +92,11 @@ impl From<op::Error> for Error {
             }
             op::Error::State(_) | op::Error::Gone => Self::new(ErrorCode::InvalidState, message),
             op::Error::Timeout(_) | op::Error::Deadline => Self::new(ErrorCode::Timeout, message),
-            op::Error::Occupied(_) => Self::new(ErrorCode::Conflict, message),
+            op::Error::Occupied(_) | op::Error::ReservedName(_) | op::Error::TakenName(_) => {
+                Self::new(ErrorCode::Conflict, message)
+            }
+            op::Error::Protected(_) => Self::new(ErrorCode::Forbidden, message),
+            op::Error::Fork { .. } => Self::new(ErrorCode::AgentError, message),
             op::Error::DiskFull => Self::new(ErrorCode::DiskFull, message),
             op::Error::TooMuchOutput | op::Error::LongListing => Self::new(ErrorCode::TooLarge, message),
         }
@@ -101,6 +106,7 @@ impl From<op::Error> for Error {
 fn host_code(error: &host::Error) -> ErrorCode {
     match error {
         host::Error::Unreachable(_) | host::Error::Full(_) => ErrorCode::HostUnavailable,
+        host::Error::State(_) => ErrorCode::InvalidState,
         host::Error::Late(_) | host::Error::Absent(_) | host::Error::Failed(_) | host::Error::Answer(_) => {
             ErrorCode::AgentError
         }

@@ -17,12 +17,12 @@ const WAIT: Duration = Duration::from_secs(20);
 
 /// Writes the capsule down and has it started. The start goes on if the client leaves.
 pub async fn create(ctx: &Arc<Context>, team: TeamId, actor: Actor, request: CreateCapsule) -> Result<Capsule, Error> {
-    let spec = request.validate()?;
-    let template = db::template::find(&ctx.db, team, &spec.template)
-        .await?
-        .ok_or_else(|| Error::NoTemplate(spec.template.clone()))?;
+    let name = request.template()?;
+    let template = db::template::find(&ctx.db, team, &name).await?.ok_or_else(|| Error::NoTemplate(name.clone()))?;
+    let spec = request.validate(template.baked()?)?;
     let image = image_of(template);
-    let capsule = db::capsule::insert(&ctx.db, team, db::host::CONFIGURED, spec).await?;
+    let capsule = Capsule::new(team, db::host::CONFIGURED, spec, None);
+    db::capsule::insert(&ctx.db, std::slice::from_ref(&capsule)).await?;
     ctx.events.asked(capsule.id, actor);
     let started = ctx.tasks.spawn(start(ctx.clone(), capsule.clone(), image));
     match tokio::time::timeout(WAIT, started).await {
@@ -48,9 +48,9 @@ async fn start(ctx: Arc<Context>, capsule: Capsule, image: Image) -> Result<Caps
         Ok(report) => {
             let capsule = record(&ctx, capsule, Fact::Reported(&report)).await?;
             // It may have been destroyed before its host knew of it.
-            match lifecycle::reconcile(capsule.life.state, Some(report.state), Duration::ZERO) {
+            match lifecycle::reconcile(capsule.life.state, capsule.origin(), Some(report.state), Duration::ZERO) {
                 Action::Destroy => destroy::finish(&ctx, capsule).await,
-                Action::Nothing | Action::Create => Ok(capsule),
+                Action::Nothing | Action::Create | Action::Pause | Action::GiveUp => Ok(capsule),
             }
         }
         // The host goes on, and the reconciler will see what comes of it.

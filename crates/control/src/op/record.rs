@@ -72,8 +72,10 @@ fn after(capsule: &Capsule, fact: &Fact<'_>) -> Life {
             life.started_at = life.started_at.or(Some(now));
             life.reason = None;
         }
+        // By itself, or after a resume that failed; on request there is none.
+        Observed::Paused => life.reason = reason,
         Observed::Missing | Observed::Stopped | Observed::Failed => life.reason = reason.or(life.reason),
-        Observed::Unreported | Observed::Starting | Observed::Stopping => {}
+        Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming | Observed::Stopping => {}
     }
     life
 }

@@ -1,4 +1,4 @@
-//! Waiting for a capsule that is about to run, so that a request which comes early need not be sent again.
+//! Waiting for a capsule that is about to run, or to be paused, so that a request which comes early need not be sent again.
 
 use std::time::Duration;
 

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::db::{self, capsule::Capsule};
 use crate::host::Report;
 use crate::op::record::{Fact, record};
-use crate::op::{Context, Error, create, destroy};
+use crate::op::{Context, Error, create, destroy, pause, snapshot};
 
 const INTERVAL: Duration = Duration::from_secs(3);
 /// Capsules acted upon at once.
@@ -59,6 +59,11 @@ pub async fn round(ctx: &Arc<Context>, strangers: &mut HashSet<CapsuleId>) -> Re
         }
     }
 
+    // It may wait: what is not forgotten now is forgotten in a later round.
+    if let Err(error) = snapshot::collect(ctx).await {
+        tracing::warn!(error = &error as &dyn std::error::Error, "the host cannot forget templates");
+    }
+
     let absent = before.into_iter().filter(|capsule| !reports.contains_key(&capsule.id)).map(|capsule| (capsule, None));
     let listed = listed.into_iter().map(|capsule| {
         let report = reports.get(&capsule.id);
@@ -80,9 +85,17 @@ async fn settle(ctx: &Arc<Context>, capsule: Capsule, report: Option<&Report>) -
     let seen = capsule.life.state;
     let fact = report.map_or(Fact::Absent { seen }, Fact::Reported);
     let capsule = record(ctx, capsule, fact).await?;
-    let age = (db::now() - capsule.created_at).to_std().unwrap_or_default();
-    match lifecycle::reconcile(capsule.life.state, report.map(|report| report.state), age) {
+    let age = (db::now() - capsule.life.last_updated).to_std().unwrap_or_default();
+    match lifecycle::reconcile(capsule.life.state, capsule.origin(), report.map(|report| report.state), age) {
         Action::Nothing => {}
+        Action::GiveUp => {
+            record(ctx, capsule, Fact::StartFailed { reason: "the fork did not reach its host".into() }).await?;
+        }
+        Action::Pause => {
+            let work = ctx.clone();
+            // It takes long, and says itself what came of it.
+            ctx.tasks.spawn(async move { pause::finish(&work, capsule).await });
+        }
         Action::Destroy => {
             destroy::finish(ctx, capsule).await?;
         }

@@ -11,9 +11,11 @@ use agent_api::CapsuleSpec;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
+use futures::StreamExt;
 use guest_api::{ACCESS_TOKEN_HEADER, Init};
 use proxy::{Upstream, boxed};
-use tokio::sync::OnceCell;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::{OnceCell, watch};
 
 /// Ends when its standard input does, as it does when this process ends, however that comes about. It is the first process
 /// of its namespace: with it all others end.
@@ -23,6 +25,8 @@ const KEEPER: &str = r#""$0" --port 0 --isnotfc </dev/null & read -r _"#;
 pub struct Guest {
     spec: CapsuleSpec,
     envd: OnceCell<Envd>,
+    /// How often it was stopped: what was open then is cut.
+    stops: watch::Sender<usize>,
 }
 
 struct Envd {
@@ -46,15 +50,54 @@ fn program() -> PathBuf {
 impl Guest {
     /// The guest of a capsule with that specification. Nothing is started yet.
     pub fn new(spec: CapsuleSpec) -> Self {
-        Self { spec, envd: OnceCell::new() }
+        Self { spec, envd: OnceCell::new(), stops: watch::Sender::new(0) }
     }
 
     /// What the agent does with guest traffic: pass it on undecoded, with the guest's token.
     pub async fn forward(&self, mut request: Request) -> Result<Response, proxy::Error> {
         let envd = self.envd.get_or_init(|| Envd::start(&self.spec)).await;
         request.headers_mut().insert(ACCESS_TOKEN_HEADER, envd.token.parse().expect("a token is an id"));
-        Ok(envd.upstream.forward(request.map(boxed)).await?.map(Body::new))
+        let mut stops = self.stops.subscribe();
+        let answer = envd.upstream.forward(request.map(boxed)).await?;
+        Ok(answer.map(|body| {
+            let stopped = async move {
+                let _ = stops.changed().await;
+            };
+            Body::from_stream(Body::new(body).into_data_stream().take_until(stopped))
+        }))
     }
+
+    /// Stops everything in it where it is, and ends what is open into it.
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        self.stops.send_modify(|stops| *stops += 1);
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// To all but the first process, which has to end everything when this process does.
+    fn signal(&self, signal: Signal) {
+        let Some(envd) = self.envd.get() else { return };
+        let firsts = children(envd.keeper.id());
+        let mut rest: Vec<u32> = firsts.into_iter().flat_map(children).collect();
+        // Parents before children, so that none is born meanwhile.
+        while let Some(pid) = rest.pop() {
+            let process = i32::try_from(pid).ok().and_then(Pid::from_raw);
+            // It may have ended.
+            let _ = process.map(|process| kill_process(process, signal));
+            rest.extend(children(pid));
+        }
+    }
+}
+
+/// The processes that a process is the parent of; none when it has ended.
+fn children(pid: u32) -> Vec<u32> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let lists = threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
 }
 
 impl Envd {

@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::*;
-use api::CapsuleId;
 use connectrpc::{ConnectError, Encodable, RequestContext, Response, ServiceRequest, ServiceResult};
 
-use super::{Entry, IMAGE, Inner};
+use super::{IMAGE, Inner, life};
 
 pub(super) struct Service(pub(super) Arc<Inner>);
 
@@ -15,41 +14,11 @@ pub(super) fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as i64
 }
 
-fn check(spec: &CapsuleSpec) -> Result<(), ConnectError> {
-    if spec.id.parse::<CapsuleId>().is_err() || spec.vcpus == 0 || spec.memory_mib == 0 {
-        return Err(ConnectError::invalid_argument("the specification is not one"));
-    }
-    if spec.image != IMAGE {
-        return Err(ConnectError::not_found(format!("this host has no image {}", spec.image)));
-    }
-    Ok(())
-}
-
-impl Service {
-    /// The work of a create, which its caller may leave.
-    async fn run(inner: Arc<Inner>, spec: CapsuleSpec) -> Result<Capsule, ConnectError> {
-        let id = spec.id.clone();
-        let mut open = inner.open.subscribe();
-        let _ = open.wait_for(|open| *open).await;
-        let started = {
-            let mut capsules = inner.capsules();
-            match capsules.get_mut(&id) {
-                Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_STARTING => {
-                    entry.capsule.state = CapsuleState::CAPSULE_STATE_RUNNING.into();
-                    entry.capsule.generation += 1;
-                    entry.capsule.last_active_unix_ms = now_ms();
-                    let versions = ["kernel_version", "vmm_version", "agent_version", "envd_version"];
-                    entry.capsule.versions = versions.map(|name| (name.into(), "fake".into())).into_iter().collect();
-                    Some(entry.capsule.clone())
-                }
-                Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
-                    Some(entry.capsule.clone())
-                }
-                _ => None,
-            }
-        };
-        started.ok_or_else(|| ConnectError::internal("the capsule was ended while it started"))
-    }
+/// Does it whether or not its caller waits.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ConnectError>> + Send + 'static,
+) -> Result<T, ConnectError> {
+    tokio::spawn(work).await.map_err(|_| ConnectError::internal("the work panicked"))?
 }
 
 impl HostAgent for Service {
@@ -60,22 +29,12 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<CreateCapsuleResponse> + Send + use<'a>> {
         let spec = request.to_owned_message().spec.into_option().unwrap_or_default();
         self.0.creates.send_modify(|count| *count += 1);
-        check(&spec)?;
+        let spec = life::check(&self.0, spec)?;
         if let Some(code) = *self.0.failure.lock().expect("no panics under this lock") {
             return Err(ConnectError::new(code, "this host was told to fail"));
         }
-        self.0.capsules().entry(spec.id.clone()).or_insert_with(|| {
-            Entry::new(Capsule {
-                id: spec.id.clone(),
-                state: CapsuleState::CAPSULE_STATE_STARTING.into(),
-                generation: 1,
-                spec: spec.clone().into(),
-                host_ip: "10.11.0.1".into(),
-                ..Default::default()
-            })
-        });
-        let work = tokio::spawn(Self::run(self.0.clone(), spec));
-        let capsule = work.await.map_err(|_| ConnectError::internal("the start panicked"))??;
+        let inner = self.0.clone();
+        let capsule = detached(async move { life::create(&inner, spec).await }).await?;
         Response::ok(CreateCapsuleResponse { capsule: capsule.into(), ..Default::default() })
     }
 
@@ -99,6 +58,66 @@ impl HostAgent for Service {
         Response::ok(ListCapsulesResponse { capsules, ..Default::default() })
     }
 
+    async fn pause_capsule<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PauseCapsuleRequest>,
+    ) -> ServiceResult<impl Encodable<PauseCapsuleResponse> + Send + use<'a>> {
+        let (inner, id) = (self.0.clone(), request.to_owned_message().id);
+        self.0.pauses.send_modify(|count| *count += 1);
+        let capsule = detached(async move { life::pause(&inner, &id, "").await }).await?;
+        Response::ok(PauseCapsuleResponse { capsule: capsule.into(), ..Default::default() })
+    }
+
+    async fn resume_capsule<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ResumeCapsuleRequest>,
+    ) -> ServiceResult<impl Encodable<ResumeCapsuleResponse> + Send + use<'a>> {
+        let (inner, id) = (self.0.clone(), request.to_owned_message().id);
+        let capsule = detached(async move { life::resume(&inner, &id).await }).await?;
+        Response::ok(ResumeCapsuleResponse { capsule: capsule.into(), ..Default::default() })
+    }
+
+    async fn fork_capsule<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ForkCapsuleRequest>,
+    ) -> ServiceResult<impl Encodable<ForkCapsuleResponse> + Send + use<'a>> {
+        let (inner, request) = (self.0.clone(), request.to_owned_message());
+        let children = detached(async move { life::fork(&inner, &request.id, request.children).await }).await?;
+        Response::ok(ForkCapsuleResponse { children, ..Default::default() })
+    }
+
+    async fn snapshot_capsule<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SnapshotCapsuleRequest>,
+    ) -> ServiceResult<impl Encodable<SnapshotCapsuleResponse> + Send + use<'a>> {
+        let (inner, request) = (self.0.clone(), request.to_owned_message());
+        let template = detached(async move { life::snapshot(&inner, &request.id, request.name).await }).await?;
+        Response::ok(SnapshotCapsuleResponse { template: template.into(), ..Default::default() })
+    }
+
+    async fn delete_template<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DeleteTemplateRequest>,
+    ) -> ServiceResult<impl Encodable<DeleteTemplateResponse> + Send + use<'a>> {
+        let name = request.to_owned_message().name;
+        self.0.templates.lock().expect("no panics under this lock").remove(&name);
+        Response::ok(DeleteTemplateResponse::default())
+    }
+
+    async fn list_templates<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListTemplatesRequest>,
+    ) -> ServiceResult<impl Encodable<ListTemplatesResponse> + Send + use<'a>> {
+        let templates = self.0.templates.lock().expect("no panics under this lock").values().cloned().collect();
+        Response::ok(ListTemplatesResponse { templates, ..Default::default() })
+    }
+
     async fn touch_capsule<'a>(
         &'a self,
         _: RequestContext,
@@ -106,11 +125,11 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<TouchCapsuleResponse> + Send + use<'a>> {
         let id = request.to_owned_message().id;
         match self.0.capsules().get_mut(&id) {
-            Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
+            Some(entry) if !life::ended(&entry.capsule) => {
                 entry.capsule.last_active_unix_ms = now_ms();
                 Response::ok(TouchCapsuleResponse::default())
             }
-            _ => Err(ConnectError::not_found(format!("no capsule {id} runs here"))),
+            _ => Err(ConnectError::not_found(format!("no capsule {id} is here"))),
         }
     }
 

@@ -39,8 +39,10 @@ impl World {
 
     /// A row, as a control plane leaves it that dies before it asks its host.
     async fn row(&self) -> Capsule {
-        let spec = CreateCapsule::default().validate().unwrap();
-        db::capsule::insert(&self.ctx.db, self.team, db::host::CONFIGURED, spec).await.unwrap()
+        let spec = CreateCapsule::default().validate(None).unwrap();
+        let capsule = Capsule::new(self.team, db::host::CONFIGURED, spec, None);
+        db::capsule::insert(&self.ctx.db, std::slice::from_ref(&capsule)).await.unwrap();
+        capsule
     }
 
     async fn state(&self, capsule: &Capsule) -> State {
@@ -56,9 +58,9 @@ async fn a_lost_create_is_made_again_after_a_while() {
     assert_eq!(world.state(&capsule).await, State::NEW, "it may be on its way");
     assert_eq!(*world.agent.creates().borrow(), 0);
 
-    let long_ago = db::now() - TimeDelta::from_std(lifecycle::CREATE_GRACE).unwrap();
+    let long_ago = db::now() - TimeDelta::from_std(lifecycle::GRACE).unwrap();
     let query = db::capsule::Entity::update_many()
-        .col_expr(db::capsule::Column::CreatedAt, sea_orm::sea_query::Expr::value(long_ago));
+        .col_expr(db::capsule::Column::LastUpdated, sea_orm::sea_query::Expr::value(long_ago));
     query.filter(db::capsule::Column::Id.eq(capsule.id.0)).exec(&world.ctx.db).await.unwrap();
     let mut changes = world.ctx.changes.subscribe();
     world.round().await;

@@ -1,0 +1,151 @@
+//! Pausing and resuming.
+
+use agent_api::*;
+use api::CapsuleId;
+use connectrpc::{ConnectError, ErrorCode};
+
+use super::Subject;
+
+pub(super) async fn all(subject: &Subject) {
+    a_paused_capsule_waits(subject).await;
+    many_who_ask_get_one_pause(subject).await;
+    whoever_asks_may_leave(subject).await;
+    a_paused_capsule_is_destroyed(subject).await;
+    a_stream_ends_with_a_pause(subject).await;
+    nobody_to_pause(subject).await;
+}
+
+impl Subject {
+    pub(super) async fn pause(&self, id: &str) -> Result<Capsule, ConnectError> {
+        let request = PauseCapsuleRequest { id: id.into(), ..Default::default() };
+        let answer = self.lifecycle().pause_capsule(request).await?.into_owned();
+        Ok(answer.capsule.into_option().expect("a pause answers with the capsule"))
+    }
+
+    pub(super) async fn resume(&self, id: &str) -> Result<Capsule, ConnectError> {
+        let request = ResumeCapsuleRequest { id: id.into(), ..Default::default() };
+        let answer = self.lifecycle().resume_capsule(request).await?.into_owned();
+        Ok(answer.capsule.into_option().expect("a resume answers with the capsule"))
+    }
+
+    /// A capsule that runs.
+    pub(super) async fn running(&self) -> Capsule {
+        self.create(&self.spec()).await.expect("a create succeeds")
+    }
+
+    pub(super) async fn end(&self, id: &str) {
+        self.destroy(id).await;
+        self.gone(id).await;
+    }
+}
+
+/// What runs and what is on disk outlast two pauses; meanwhile nothing of it can be used, and it is listed as paused.
+async fn a_paused_capsule_waits(subject: &Subject) {
+    let capsule = subject.running().await;
+    let id = &capsule.id;
+    let file = format!("/tmp/{id}");
+    let begin = format!("echo kept > {file}; sleep 1000 >/dev/null 2>&1 & echo $! >> {file}");
+    assert_eq!(subject.guest(id, "sh", &["-c", &begin]).await.expect("a command runs").1, 0);
+
+    let mut generation = capsule.generation;
+    for _ in 0..2 {
+        let paused = subject.pause(id).await.expect("a running capsule is paused");
+        assert_eq!((&paused.id, paused.state.as_known()), (id, Some(CapsuleState::CAPSULE_STATE_PAUSED)));
+        assert!(paused.generation > generation, "a pause is a change of state");
+        assert!(paused.reason.is_empty(), "it did not pause by itself");
+        assert_eq!(paused.spec, capsule.spec, "it is still what it was made to be");
+        let again = subject.pause(id).await.expect("a paused capsule is paused");
+        assert_eq!(
+            (again.state, again.generation),
+            (paused.state, paused.generation),
+            "a second pause changes nothing"
+        );
+        let created = subject.create(capsule.spec.as_option().expect("it has one")).await.expect("it is there");
+        assert_eq!((created.state, created.generation), (paused.state, paused.generation), "a create resumes nothing");
+        let listed = subject.listed(id).await.expect("a paused capsule is listed");
+        assert_eq!((listed.state, listed.generation), (paused.state, paused.generation));
+        subject.guest(id, "true", &[]).await.expect_err("what is paused has no guest");
+        assert_eq!(subject.listed(id).await.expect("it is listed").state, paused.state, "use resumes nothing");
+
+        let resumed = subject.resume(id).await.expect("a paused capsule is resumed");
+        assert_eq!(resumed.state.as_known(), Some(CapsuleState::CAPSULE_STATE_RUNNING));
+        assert!(resumed.generation > paused.generation && resumed.reason.is_empty());
+        assert!(resumed.last_active_unix_ms >= paused.last_active_unix_ms, "activity does not go back in time");
+        let again = subject.resume(id).await.expect("a running capsule is resumed");
+        assert_eq!(
+            (again.state, again.generation),
+            (resumed.state, resumed.generation),
+            "a second resume changes nothing"
+        );
+        generation = resumed.generation;
+
+        let look = format!("head -n 1 {file}; kill -0 $(tail -n 1 {file}) && echo alive");
+        let (stdout, code) = subject.guest(id, "sh", &["-c", &look]).await.expect("a resumed capsule is used");
+        assert_eq!((String::from_utf8_lossy(&stdout).as_ref(), code), ("kept\nalive\n", 0));
+    }
+    subject.guest(id, "rm", &[&file]).await.expect("a command runs");
+    subject.end(id).await;
+}
+
+/// Pauses at the same time are one pause, resumes one resume.
+async fn many_who_ask_get_one_pause(subject: &Subject) {
+    let id = subject.running().await.id;
+    let (one, two, three) = tokio::join!(subject.pause(&id), subject.pause(&id), subject.pause(&id));
+    let all = [one, two, three].map(|paused| paused.expect("each is told that it is paused"));
+    assert!(all.iter().all(|paused| paused.generation == all[0].generation), "{all:?}");
+    assert_eq!(all[0].state.as_known(), Some(CapsuleState::CAPSULE_STATE_PAUSED));
+    let (one, two) = tokio::join!(subject.resume(&id), subject.resume(&id));
+    let (one, two) = (one.expect("the first succeeds"), two.expect("the second succeeds"));
+    assert_eq!((one.state, one.generation), (two.state, two.generation));
+    subject.end(&id).await;
+}
+
+/// A pause and a resume go on when nobody waits for their answers.
+async fn whoever_asks_may_leave(subject: &Subject) {
+    let id = subject.running().await.id;
+    let beyond = |state| move |now: Option<CapsuleState>| now.is_some_and(|now| now != state);
+    tokio::select! {
+        paused = subject.pause(&id) => { paused.expect("a pause succeeds"); }
+        () = subject.until(&id, beyond(CapsuleState::CAPSULE_STATE_RUNNING)) => {}
+    }
+    subject.until(&id, |state| state == Some(CapsuleState::CAPSULE_STATE_PAUSED)).await;
+    tokio::select! {
+        resumed = subject.resume(&id) => { resumed.expect("a resume succeeds"); }
+        () = subject.until(&id, beyond(CapsuleState::CAPSULE_STATE_PAUSED)) => {}
+    }
+    subject.until(&id, |state| state == Some(CapsuleState::CAPSULE_STATE_RUNNING)).await;
+    subject.end(&id).await;
+}
+
+async fn a_paused_capsule_is_destroyed(subject: &Subject) {
+    let id = subject.running().await.id;
+    subject.pause(&id).await.expect("a running capsule is paused");
+    subject.end(&id).await;
+    let error = subject.resume(&id).await.expect_err("nothing is left to resume");
+    assert_eq!(error.code, ErrorCode::NotFound, "{error}");
+}
+
+/// Who follows a process is not left hanging.
+async fn a_stream_ends_with_a_pause(subject: &Subject) {
+    let id = subject.running().await.id;
+    let follow = subject.guest(&id, "sleep", &["1000"]);
+    let pause = async {
+        subject.until_guest_has(&id, "sleep").await;
+        subject.pause(&id).await.expect("a capsule that is used is paused");
+    };
+    let (followed, ()) = tokio::time::timeout(super::PATIENCE, async { tokio::join!(follow, pause) })
+        .await
+        .expect("the stream ends with the pause");
+    assert!(followed.is_err(), "the process has not ended");
+    subject.end(&id).await;
+}
+
+async fn nobody_to_pause(subject: &Subject) {
+    let id = CapsuleId::random().to_string();
+    assert_eq!(subject.pause(&id).await.expect_err("nobody has it").code, ErrorCode::NotFound);
+    assert_eq!(subject.resume(&id).await.expect_err("nobody has it").code, ErrorCode::NotFound);
+    let id = subject.running().await.id;
+    subject.end(&id).await;
+    assert_eq!(subject.pause(&id).await.expect_err("it has ended").code, ErrorCode::NotFound);
+    assert_eq!(subject.resume(&id).await.expect_err("it has ended").code, ErrorCode::NotFound);
+}
