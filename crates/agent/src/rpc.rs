@@ -31,14 +31,11 @@ impl HostAgent for Agent {
         let request = request.to_owned_message();
         let spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
         let template = self.template(&spec.image);
+        if template.is_none() && !self.has_image(&spec.image) {
+            return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
+        }
         let spec = parse(spec, template.as_ref().map(|point| &point.meta))?;
-        let from = match template {
-            Some(point) => From::Point(point),
-            None if self.has_image(&spec.image) => From::Image,
-            None => {
-                return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
-            }
-        };
+        let from = template.map_or(From::Image, From::Point);
         let handle = self.create(spec, from).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         let observed = handle.settled().await;
         if observed.state == CapsuleState::Failed {

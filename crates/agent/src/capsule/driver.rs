@@ -299,7 +299,6 @@ impl Driver {
     async fn resume(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Life {
         let id = self.journal.record().spec.id;
         self.publish(CapsuleState::Resuming, String::new());
-        self.stop_merge().await;
         if self.journal.record().phase != Phase::Paused {
             // A resume before this one could not be undone then.
             self.back_to_paused().await;
@@ -380,6 +379,10 @@ impl Driver {
     }
 
     fn start_merge(&mut self) {
+        if let Some((stop, _)) = self.merge.take() {
+            // It works on a header that is not there any more.
+            stop.store(true, Ordering::Relaxed);
+        }
         let Base::Snapshot(saved) = &self.journal.record().base else { return };
         let (memory, header) = (self.host.memory.clone(), self.journal.dir().join(files::memory(saved.number)));
         let stop = Arc::new(AtomicBool::new(false));
@@ -395,7 +398,6 @@ impl Driver {
         self.merge = Some((stop, merge));
     }
 
-    /// Who opens the header must find the generations that it names, so it must not be replaced meanwhile.
     async fn stop_merge(&mut self) {
         if let Some((stop, merge)) = self.merge.take() {
             stop.store(true, Ordering::Relaxed);

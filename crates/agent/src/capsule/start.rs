@@ -318,9 +318,12 @@ async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &
         }
     };
     debug!(capsule = %spec.id, "snapshot placed");
+    // Until the pager has opened everything, a merge of this memory must not take anything away.
+    let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
     let pager = pager(host, spec, dir, saved.number).await?;
-    debug!(capsule = %spec.id, "pager executed");
+    drop(held);
+    debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
 }
 

@@ -94,10 +94,11 @@ impl Caller {
         let mut out = Vec::new();
         while let Some(message) = stream.message().await? {
             match message.view().event.event.as_ref() {
-                Some(Event::Data(data)) => match data.output {
-                    Some(Output::Stdout(bytes) | Output::Stderr(bytes)) => out.extend_from_slice(bytes),
-                    _ => {}
-                },
+                Some(Event::Data(data)) => {
+                    if let Some(Output::Stdout(bytes) | Output::Stderr(bytes)) = data.output {
+                        out.extend_from_slice(bytes);
+                    }
+                }
                 Some(Event::End(end)) => {
                     assert_eq!(end.exit_code, 0, "{script}: {}", String::from_utf8_lossy(&out));
                     return Ok(String::from_utf8(out).unwrap().trim_end().to_owned());
@@ -226,6 +227,8 @@ impl Host {
         names("/proc")
             .into_iter()
             .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&groups)))
+            // One that has ended holds nothing any more; the machine's init collects it when it gets to it.
+            .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
             .count()
     }
 

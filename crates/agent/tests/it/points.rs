@@ -159,7 +159,7 @@ async fn until_boots(host: &Host, count: usize) -> Vec<std::path::PathBuf> {
     loop {
         let entries = std::fs::read_dir(host.root().join("boots")).unwrap().flatten();
         let whole: Vec<_> = entries.map(|entry| entry.path()).filter(|dir| dir.join("point.json").exists()).collect();
-        if whole.len() == count && host.processes() == 0 {
+        if whole.len() == count && host.processes() == 0 && host.holds() == 0 {
             return whole;
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -241,11 +241,7 @@ async fn a_full_disk_is_the_guests_own_problem_and_forks_share_what_it_wrote() {
     host.sh(id, "md5sum -c /root/sum").await;
     let child = CapsuleId::random();
     assert_eq!(host.fork(id, &[child]).await.unwrap()[0].reason, "");
-    host.sh(
-        child,
-        "md5sum -c /root/sum; rm /root/big /root/more; dd if=/dev/zero of=/root/more bs=1M count=4 2>/dev/null",
-    )
-    .await;
+    host.sh(child, "md5sum -c /root/sum; rm /root/big; dd if=/dev/zero of=/root/more bs=1M count=4 2>/dev/null").await;
     host.sh(id, "md5sum -c /root/sum; test -e /root/big").await;
     host.close().await;
 }
