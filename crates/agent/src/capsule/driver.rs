@@ -419,7 +419,9 @@ impl Driver {
     /// Says what is true now. The generation is recorded first: the next agent must not say less.
     fn tell(&mut self, state: CapsuleState, reason: String, guest: Option<Arc<Guest>>) {
         let generation = self.journal.record().generation.max(self.observed.borrow().generation + 1);
+        // What is being given back has no next agent, and in the end no directory either.
         if generation > self.journal.record().generation
+            && self.journal.record().phase != Phase::Stopping
             && let Err(error) = self.journal.update(|record| record.generation = generation)
         {
             error!(capsule = %self.journal.record().spec.id, %error, "writing the capsule's record");

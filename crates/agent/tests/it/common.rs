@@ -165,6 +165,9 @@ impl Host {
 
     /// Opens an agent on what another left in `dir`.
     pub async fn open_in(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        let filter = tracing_subscriber::EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| "warn".into());
+        // Tests of one process share it.
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         let mut config = config(dir.path());
         change(&mut config);
         let _ = fs::remove_file(dir.path().join("agent.sock"));

@@ -28,7 +28,7 @@ impl Killable {
         let dir = TempDir::with_prefix("wrenn-killed-").unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let process = Self::spawn(&dir, port);
-        let killable = Self { dir, port, process };
+        let mut killable = Self { dir, port, process };
         killable.answers().await;
         killable
     }
@@ -38,7 +38,6 @@ impl Killable {
         Command::new(test.ancestors().nth(2).unwrap().join("wrenn"))
             .args(["agent", "--dir", dir.path().to_str().unwrap(), "--listen", &format!("127.0.0.1:{port}")])
             .stdout(Stdio::null())
-            .stderr(fs::File::options().create(true).append(true).open("/tmp/wrenn-killed.log").unwrap())
             .spawn()
             .unwrap()
     }
@@ -47,8 +46,9 @@ impl Killable {
         Caller(format!("http://127.0.0.1:{}", self.port).parse().unwrap())
     }
 
-    async fn answers(&self) {
+    async fn answers(&mut self) {
         while self.caller().lifecycle().list_capsules(ListCapsulesRequest::default()).await.is_err() {
+            assert!(self.process.try_wait().unwrap().is_none(), "the agent ended by itself");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
