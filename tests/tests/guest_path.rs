@@ -172,8 +172,10 @@ async fn a_gibibyte_up_and_down() {
 async fn a_directory_of_a_hundred_thousand() {
     let envd = Envd::start().await;
     output(&envd, "mkdir /tmp/many && cd /tmp/many && seq -f entry-%06.0f 100000 | xargs touch").await;
-    let files =
-        guest_api::filesystem::FilesystemClient::new(connectrpc::client::HttpClient::plaintext(), envd.config());
+    let files = guest_api::filesystem::FilesystemClient::new(
+        connectrpc::client::HttpClient::plaintext(),
+        envd.config().with_default_max_message_size(64 << 20).with_default_element_memory_limit(256 << 20),
+    );
     let mut memory = 0;
     for round in 0..3 {
         let request = guest_api::filesystem::ListDirRequest { path: "/tmp/many".to_owned(), ..Default::default() };
