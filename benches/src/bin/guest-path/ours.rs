@@ -118,9 +118,10 @@ impl Ours {
         let _ = std::fs::remove_dir_all(&target);
         let before = Instant::now();
         stream::iter(&data.names)
-            .map(|name| async {
-                let contents = tokio::fs::read(data.small.join(name)).await?;
-                self.post(&target.join(name), contents.into()).await
+            .map(|name| (data.small.join(name), target.join(name)))
+            .map(|(source, target)| async move {
+                let contents = tokio::fs::read(source).await?;
+                self.post(&target, contents.into()).await
             })
             .buffer_unordered(AT_ONCE)
             .try_collect::<()>()
