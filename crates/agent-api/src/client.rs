@@ -9,7 +9,9 @@ use api::CapsuleId;
 use connectrpc::CompressionRegistry;
 use connectrpc::ConnectError;
 use connectrpc::client::{BoxFuture, ClientBody, ClientConfig, ClientTransport};
+use guest_api::filesystem::FilesystemClient;
 use guest_api::process::ProcessClient;
+use http::uri::PathAndQuery;
 use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::rt::{Read, ReadBufCursor, Write};
@@ -24,6 +26,11 @@ use crate::{Endpoint, HostAgentClient};
 pub type Lifecycle = HostAgentClient<Transport>;
 /// The processes of one capsule.
 pub type GuestProcesses = ProcessClient<Transport>;
+/// The files of one capsule, but for what is in them.
+pub type GuestFiles = FilesystemClient<Transport>;
+
+/// The header in which an agent says that an answer under `/guest/` is its own and did not come from a guest.
+pub const REFUSAL_HEADER: &str = "x-wrenn-refusal";
 
 /// An agent that does not take a connection for this long is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -57,6 +64,22 @@ impl Transport {
     /// guest's access token.
     pub fn guest(&self, capsule: CapsuleId) -> GuestProcesses {
         ProcessClient::new(self.clone(), self.config(&format!("/guest/{capsule}")))
+    }
+
+    /// A capsule's files over this transport.
+    pub fn files(&self, capsule: CapsuleId) -> GuestFiles {
+        FilesystemClient::new(self.clone(), self.config(&format!("/guest/{capsule}")))
+    }
+
+    /// Sends a plain HTTP request to a capsule's envd, under the path and query it has.
+    pub async fn send_to_guest(
+        &self,
+        capsule: CapsuleId,
+        mut request: Request<ClientBody>,
+    ) -> Result<Response<Incoming>, ConnectError> {
+        let path = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
+        *request.uri_mut() = self.endpoint.base(&format!("/guest/{capsule}{path}"));
+        self.send(request).await
     }
 
     fn config(&self, path: &str) -> ClientConfig {

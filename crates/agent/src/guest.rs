@@ -144,7 +144,9 @@ fn split(uri: &Uri) -> Option<(String, PathAndQuery)> {
 }
 
 fn refusal(status: StatusCode, code: &str, message: String) -> Response {
-    (status, axum::Json(serde_json::json!({"code": code, "message": message}))).into_response()
+    // A guest's envd answers in the same form, and callers must know who speaks.
+    let ours = [(agent_api::REFUSAL_HEADER, "agent")];
+    (status, ours, axum::Json(serde_json::json!({"code": code, "message": message}))).into_response()
 }
 
 #[cfg(test)]

@@ -17,8 +17,12 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// The capsule is not in a state that allows this.
     InvalidState,
+    /// What was to be made is there already.
+    Conflict,
     /// A body, or a command's output, is larger than its bound.
     TooLarge,
+    /// The capsule's disk has no room for it.
+    DiskFull,
     /// The command ran longer than its `timeout_sec` and was ended.
     Timeout,
     /// The host tried and failed.

@@ -26,6 +26,8 @@ pub struct Exec {
     pub envs: Option<BTreeMap<String, String>>,
     /// Working directory; the user's home when absent. A relative one is taken from there.
     pub cwd: Option<String>,
+    /// The capsule's user that runs it; root when absent.
+    pub user: Option<String>,
 }
 
 /// A command whose every value is within its bounds.
@@ -36,6 +38,7 @@ pub struct ExecSpec {
     pub envs: BTreeMap<String, String>,
     pub cwd: Option<String>,
     pub tag: Option<String>,
+    pub user: Option<String>,
     /// Seconds a foreground command may run; `None` for one in the background.
     pub timeout_sec: Option<u32>,
 }
@@ -72,8 +75,15 @@ impl Exec {
         if let Some(tag) = &tag {
             limits::process_string("tag", tag, limits::TAG_BYTES)?;
         }
+        let user = self.user.filter(|user| !user.is_empty());
+        if let Some(user) = &user {
+            limits::process_string("user", user, limits::USER_BYTES)?;
+            if user.contains(':') {
+                return Err(Invalid::new("user", "must not contain ':'"));
+            }
+        }
         let background = self.background.unwrap_or(false);
-        Ok(ExecSpec { cmd: self.cmd, args, envs, cwd, tag, timeout_sec: (!background).then_some(timeout_sec) })
+        Ok(ExecSpec { cmd: self.cmd, args, envs, cwd, tag, user, timeout_sec: (!background).then_some(timeout_sec) })
     }
 }
 

@@ -4,17 +4,26 @@
 
 pub mod capsule;
 pub mod error;
+pub mod event;
 pub mod exec;
+pub mod file;
 pub mod id;
 pub mod limits;
+pub mod metrics;
 pub mod name;
+pub mod process;
 pub mod pty;
+pub mod stream;
 pub mod template;
 
 pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, Status};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
+pub use event::{Actor, ActorKind, Event, EventName, Resource};
 pub use exec::{Encoding, Exec, ExecResult, ExecSpec, ExecStarted};
+pub use file::{Depth, DirectoryEntries, FileEntry, FileForm, FileKind, FilePath, MadeDirectory};
 pub use id::{CapsuleId, HostId, KeyId, TeamId};
 pub use limits::Invalid;
+pub use metrics::{CapsuleMetrics, MetricsRange, Point};
 pub use name::SafeName;
+pub use process::{Process, ProcessList, Selector, Signal};
 pub use template::{Template, TemplateKind};

@@ -43,6 +43,13 @@ pub const EXEC_STRING_BYTES: usize = 128 * 1024 - 1;
 /// Bytes of a path; Linux refuses longer ones.
 pub const PATH_BYTES: usize = 4_095;
 pub const TAG_BYTES: usize = 128;
+/// Bytes of the name of a capsule's user.
+pub const USER_BYTES: usize = 64;
+
+/// Bytes of a file in `files/write`; `files/stream/write` has no such bound.
+pub const FILE_WRITE_BYTES: u64 = 100 * 1024 * 1024;
+/// Levels of directories in one listing.
+pub const LIST_DEPTH: RangeInclusive<i64> = 0..=64;
 
 /// A value outside its bounds.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,6 +110,14 @@ pub(crate) fn metadata(entries: &BTreeMap<String, String>) -> Result<(), Invalid
         }
     }
     Ok(())
+}
+
+/// A path in a capsule: bounded, without NUL, and not empty.
+pub fn path(value: &str) -> Result<(), Invalid> {
+    if value.is_empty() {
+        return Err(Invalid::new("path", "must not be empty"));
+    }
+    process_string("path", value, PATH_BYTES)
 }
 
 /// A string that becomes part of a process: bounded, and without NUL.

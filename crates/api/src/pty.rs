@@ -1,4 +1,5 @@
-//! A terminal in a capsule: the text messages of its WebSocket. What is typed and what is shown travel as binary messages.
+//! A terminal in a capsule: the text messages of its WebSocket. What is typed and what is shown travel as binary messages,
+//! unless the client asks for text.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorCode;
 use crate::exec::{Exec, ExecSpec};
-use crate::limits::{self, Invalid};
+use crate::limits::Invalid;
+use crate::process;
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +17,11 @@ pub enum Request {
     /// The first message of a new terminal.
     Start(Start),
     /// The first message of a client that comes back to a terminal.
-    Connect { tag: String },
+    Connect {
+        tag: String,
+        #[serde(default)]
+        encoding: Encoding,
+    },
     /// Typed bytes in base64, for clients without binary messages.
     Input { data: String },
     /// The window has another size now.
@@ -32,10 +38,23 @@ pub enum Request {
 pub enum Answer {
     /// The process runs, or was found again.
     Started { pid: u32, tag: String },
+    /// What the terminal shows, in base64, for clients that asked for that.
+    Output { data: String },
     /// It ended: with this code, or -1 when by a signal. The last message.
     Exit { exit_code: i32 },
     /// Something went wrong. A fatal error is the last message.
     Error { code: ErrorCode, data: String, fatal: bool },
+}
+
+/// How a client wants to get what the terminal shows. What it types is understood in either form.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encoding {
+    /// Binary messages.
+    #[default]
+    Binary,
+    /// [`Answer::Output`], for clients that take only text.
+    Base64,
 }
 
 /// A request for a process with a terminal. No shell is added: `cmd` is executed with `args`.
@@ -50,8 +69,12 @@ pub struct Start {
     pub envs: Option<BTreeMap<String, String>>,
     /// Working directory; the user's home when absent.
     pub cwd: Option<String>,
+    /// The capsule's user that runs it; root when absent.
+    pub user: Option<String>,
     /// A name by which to come back; made up when absent.
     pub tag: Option<String>,
+    #[serde(default)]
+    pub encoding: Encoding,
 }
 
 /// What a terminal runs when it is not told.
@@ -100,6 +123,7 @@ impl Start {
             tag: self.tag,
             envs: self.envs,
             cwd: self.cwd,
+            user: self.user,
         };
         Ok((exec.validate()?, size))
     }
@@ -107,10 +131,7 @@ impl Start {
 
 /// A tag that can be looked for.
 pub fn check_tag(tag: &str) -> Result<(), Invalid> {
-    if tag.is_empty() {
-        return Err(Invalid::new("tag", "must not be empty"));
-    }
-    limits::process_string("tag", tag, limits::TAG_BYTES)
+    process::check_tag("tag", tag)
 }
 
 #[cfg(test)]
@@ -144,6 +165,7 @@ mod tests {
             (r#"{"type":"start","rows":-1}"#, "rows"),
             (r#"{"type":"start","cmd":"a\u0000"}"#, "cmd"),
             (r#"{"type":"start","envs":{"":"x"}}"#, "envs"),
+            (r#"{"type":"start","user":"a:b"}"#, "user"),
         ] {
             assert_eq!(start(text).validate().unwrap_err().field, field);
         }
@@ -156,7 +178,9 @@ mod tests {
     #[test]
     fn messages_are_spelt_as_clients_know_them() {
         let read = |text| serde_json::from_str::<Request>(text).unwrap();
-        assert_eq!(read(r#"{"type":"connect","tag":"t"}"#), Request::Connect { tag: "t".into() });
+        let connect = |encoding| Request::Connect { tag: "t".into(), encoding };
+        assert_eq!(read(r#"{"type":"connect","tag":"t"}"#), connect(Encoding::Binary));
+        assert_eq!(read(r#"{"type":"connect","tag":"t","encoding":"base64"}"#), connect(Encoding::Base64));
         assert_eq!(read(r#"{"type":"input","data":"bHM="}"#), Request::Input { data: "bHM=".into() });
         assert_eq!(read(r#"{"type":"resize","cols":1,"rows":2}"#), Request::Resize { cols: 1, rows: 2 });
         assert_eq!((read(r#"{"type":"kill"}"#), read(r#"{"type":"pong"}"#)), (Request::Kill, Request::Pong));

@@ -11,7 +11,6 @@ use api::{SafeName, TeamId};
 use axum::Router;
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 use crate::op::Context;
 use crate::{db, http, tasks};
@@ -79,7 +78,7 @@ impl Control {
     /// Whether `key` speaks for anyone.
     pub async fn knows_key(&self, key: &str) -> Result<bool, Error> {
         let Some(key) = db::key::Key::parse(key) else { return Ok(false) };
-        Ok(db::key::team_of_any_team(&self.ctx.db, &key).await?.is_some())
+        Ok(db::key::find_any_team(&self.ctx.db, &key).await?.is_some())
     }
 
     #[cfg(test)]
@@ -94,7 +93,7 @@ impl Control {
 
     /// Serves until `shutdown`, then gives what is under way a moment to end. Background tasks run for as long.
     pub async fn run(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let stop = CancellationToken::new();
+        let stop = self.ctx.stop.clone();
         // Whoever drops this future means the same.
         let _stop = stop.clone().drop_guard();
         let background = tokio::spawn(tasks::reconcile::run(self.ctx.clone(), stop.clone()));

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use agent_api::{
-    CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, GuestProcesses, Lifecycle,
+    CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, GuestFiles, GuestProcesses, Lifecycle,
     ListCapsulesRequest, TouchCapsuleRequest, Transport,
 };
 use api::{CapsuleId, CapsuleSpec};
 use chrono::{DateTime, Utc};
-use connectrpc::client::CallOptions;
+use connectrpc::client::{CallOptions, ClientBody};
 use connectrpc::{ConnectError, ErrorCode};
+use hyper::body::Incoming;
+use hyper::{Request, Response};
 use lifecycle::{Event, HostState};
 
 /// Why a host did not do what it was asked.
@@ -158,6 +160,20 @@ impl Host {
     /// The processes of a capsule.
     pub fn processes(&self, id: CapsuleId) -> GuestProcesses {
         self.guests.guest(id)
+    }
+
+    /// The files of a capsule, but for what is in them.
+    pub fn files(&self, id: CapsuleId) -> GuestFiles {
+        self.guests.files(id)
+    }
+
+    /// A plain HTTP request to the envd of a capsule.
+    pub async fn send_to_guest(
+        &self,
+        id: CapsuleId,
+        request: Request<ClientBody>,
+    ) -> Result<Response<Incoming>, ConnectError> {
+        self.guests.send_to_guest(id, request).await
     }
 }
 

@@ -1,13 +1,24 @@
 //! REST: shapes in, shapes out, and the only place that knows status numbers. One file per resource.
 
+mod answers;
 mod body;
 mod caller;
 mod capsules;
 mod error;
+mod events;
 mod exec;
+mod files;
+mod leftover;
 mod meta;
+mod metrics;
+mod processes;
 mod pty;
+mod session;
+mod socket;
+mod streams;
 mod templates;
+mod upload;
+mod utf8;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -38,8 +49,21 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::create, capsules::list))
         .routes(routes!(capsules::get, capsules::destroy))
         .routes(routes!(capsules::ping))
+        .routes(routes!(metrics::read))
         .routes(routes!(exec::exec))
+        .routes(routes!(streams::exec))
+        .routes(routes!(processes::list))
+        .routes(routes!(processes::kill))
+        .routes(routes!(streams::follow))
         .routes(routes!(pty::pty))
+        .routes(routes!(files::list))
+        .routes(routes!(files::mkdir))
+        .routes(routes!(files::remove))
+        .routes(routes!(files::read))
+        .routes(routes!(files::write))
+        .routes(routes!(files::stream_read))
+        .routes(routes!(files::stream_write))
+        .routes(routes!(events::stream))
         .routes(routes!(templates::list))
 }
 
@@ -56,6 +80,7 @@ pub fn router(app: App) -> Router {
         .merge(routes.clone())
         .nest("/api", routes)
         .fallback(nowhere)
+        .layer(axum::middleware::map_request(leftover::read_on))
         // Bodies are bounded by the extractor, which answers in JSON.
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(panicked))

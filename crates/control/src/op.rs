@@ -2,19 +2,26 @@
 
 pub mod create;
 pub mod destroy;
+pub mod events;
 pub mod exec;
-pub mod pty;
+pub mod files;
+pub mod guest;
+pub mod metrics;
+pub mod process;
 pub mod record;
 pub mod touch;
 pub mod usable;
 
 use agent_api::Endpoint;
-use api::{CapsuleId, SafeName, Status};
+use api::{CapsuleId, SafeName, Selector, Status};
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Notify, broadcast};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::events::Events;
 use crate::db;
+use crate::db::capsule::{Capsule, Life};
 use crate::host::{self, Host};
 
 /// Changes that may be waiting to be looked at by one waiter; whoever falls behind looks at its row again.
@@ -26,10 +33,14 @@ pub struct Context {
     pub host: Host,
     /// The ids of capsules whose row has changed, for those who wait for it.
     pub changes: broadcast::Sender<CapsuleId>,
+    /// What happens to capsules, for those who want to be told.
+    pub events: Events,
     /// Wakes the reconciler before its time.
     pub nudge: Notify,
     /// Work that outlives the request that began it.
     pub tasks: TaskTracker,
+    /// Ends the background tasks, and streams that have no end of their own.
+    pub stop: CancellationToken,
 }
 
 impl Context {
@@ -38,9 +49,18 @@ impl Context {
             db,
             host: Host::new(agent),
             changes: broadcast::Sender::new(CHANGES),
+            events: Events::default(),
             nudge: Notify::new(),
             tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
         }
+    }
+
+    /// Lets everyone know that a capsule's row was `before` and is another now.
+    fn changed(&self, before: &Life, capsule: &Capsule) {
+        // Nobody may be waiting.
+        let _ = self.changes.send(capsule.id);
+        self.events.changed(before, capsule);
     }
 }
 
@@ -51,8 +71,8 @@ pub enum Error {
     Invalid(#[from] api::Invalid),
     #[error("there is no template `{0}`")]
     NoTemplate(SafeName),
-    #[error("there is no process with the tag `{0}`")]
-    NoProcess(String),
+    #[error("there is no process with {0}")]
+    NoProcess(Selector),
     #[error("the capsule is {}", word(*.0))]
     State(Status),
     /// The row says it runs; its host does not have it. The reconciler will find out.
@@ -63,15 +83,27 @@ pub enum Error {
     /// The guest does not accept the command as it was given.
     #[error("{0}")]
     Refused(String),
+    #[error("there is no file or directory `{0}`")]
+    NoFile(String),
+    #[error("there is something at `{0}`, but no directory")]
+    NoDirectory(String),
+    #[error("the listing is too long; list fewer levels")]
+    LongListing,
+    #[error("there is already something at `{0}`")]
+    Occupied(String),
+    #[error("the capsule's disk is full")]
+    DiskFull,
     #[error("the command ran longer than timeout_sec, {0} seconds, and was ended")]
     Timeout(u32),
+    #[error("the process ran longer than it may, and was ended")]
+    Deadline,
     #[error(
         "the command wrote more than {} bytes and was ended; let it write to a file",
         api::limits::EXEC_OUTPUT_BYTES
     )]
     TooMuchOutput,
-    /// The command may or may not have come to its end.
-    #[error("the command did not come to its end: {}", .0.message.as_deref().unwrap_or("the guest does not say why"))]
+    /// It may or may not have been done.
+    #[error("the capsule did not do it: {}", .0.message.as_deref().unwrap_or("the guest does not say why"))]
     Guest(#[source] connectrpc::ConnectError),
     #[error("the guest answered out of turn: {0}")]
     GuestAnswer(&'static str),
@@ -81,7 +113,29 @@ pub enum Error {
     Panic(#[from] tokio::task::JoinError),
 }
 
+/// A row as clients see it.
+pub fn show(capsule: db::capsule::Capsule) -> api::Capsule {
+    let db::capsule::Capsule { id, spec, created_at, life, .. } = capsule;
+    let mut metadata = spec.metadata;
+    metadata.extend(life.versions);
+    api::Capsule {
+        id,
+        status: lifecycle::status(life.state.desired, life.state.observed),
+        template: spec.template.to_string(),
+        vcpus: spec.vcpus,
+        memory_mb: spec.memory_mb,
+        disk_size_mb: spec.disk_size_mb,
+        timeout_sec: spec.timeout_sec,
+        created_at,
+        started_at: life.started_at,
+        last_active_at: life.last_active_at,
+        last_updated: life.last_updated,
+        metadata,
+        reason: life.reason,
+    }
+}
+
 /// The status as its wire word.
-fn word(status: Status) -> String {
+pub fn word(status: Status) -> String {
     format!("{status:?}").to_lowercase()
 }

@@ -1,28 +1,27 @@
-//! A host agent that keeps its capsules in memory: the whole contract over a real socket, without a virtual machine.
+//! A host agent whose capsules are processes: the whole contract over a real socket, without a virtual machine. What is inside a
+//! capsule is a real envd; only its life is imagined.
 
-mod processes;
+mod guest;
 mod service;
-mod terminal;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt};
+use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt, REFUSAL_HEADER, Transport};
 use api::CapsuleId;
 use axum::extract::{self, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::serve::ListenerExt;
-use connectrpc::{ConnectError, ConnectRpcService, ErrorCode};
-use guest_api::process::ProcessExt;
+use connectrpc::{ConnectError, ErrorCode};
+use guest_api::process::{ListRequest, ProcessInfo};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
-use processes::Processes;
-pub use processes::Running;
+use guest::Guest;
 
 /// The image every fake agent has.
 pub const IMAGE: &str = "minimal";
@@ -52,8 +51,8 @@ pub(crate) struct Inner {
 
 struct Entry {
     capsule: Capsule,
-    guest: ConnectRpcService,
-    processes: Processes,
+    /// While it runs.
+    guest: Option<Arc<Guest>>,
 }
 
 impl FakeAgent {
@@ -143,9 +142,11 @@ impl FakeAgent {
             .collect()
     }
 
-    /// The processes that run in a capsule, by pid.
-    pub fn processes(&self, id: CapsuleId) -> HashMap<u32, Running> {
-        self.inner.capsules().get(&id.to_string()).map(|entry| entry.processes.running()).unwrap_or_default()
+    /// The processes that run in a capsule; none when nobody has asked it for anything yet.
+    pub async fn processes(&self, id: CapsuleId) -> Vec<ProcessInfo> {
+        let processes = Transport::new(self.endpoint()).guest(id);
+        let listed = processes.list(ListRequest::default()).await.expect("a running capsule lists its processes");
+        listed.into_owned().processes
     }
 
     /// How many connections were ever taken.
@@ -195,9 +196,8 @@ where
 
 impl Entry {
     fn new(capsule: Capsule) -> Self {
-        let processes = Processes::default();
-        let guest = Arc::new(processes.clone()).register(connectrpc::Router::new()).into_axum_service();
-        Self { capsule, guest, processes }
+        let guest = Guest::new(capsule.spec.clone().into_option().unwrap_or_default());
+        Self { capsule, guest: Some(Arc::new(guest)) }
     }
 }
 
@@ -214,6 +214,9 @@ impl Inner {
             entry.capsule.state = state.into();
             entry.capsule.generation += 1;
             entry.capsule.reason = reason.into();
+            if matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED) {
+                entry.guest = None;
+            }
         }
         Some(entry.capsule.clone())
     }
@@ -222,19 +225,24 @@ impl Inner {
 /// What the agent does with guest traffic: find the guest, take its prefix off, and pass on.
 async fn guest(
     State(inner): State<Arc<Inner>>,
-    extract::Path((id, path)): extract::Path<(String, String)>,
+    extract::Path((id, _)): extract::Path<(String, String)>,
     mut request: Request,
 ) -> Response {
-    let service = match inner.capsules().get_mut(&id) {
-        Some(entry) if entry.capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
-            entry.capsule.last_active_unix_ms = service::now_ms();
-            entry.guest.clone()
+    let guest = match inner.capsules().get_mut(&id) {
+        Some(Entry { capsule, guest: Some(guest) }) if capsule.state == CapsuleState::CAPSULE_STATE_RUNNING => {
+            capsule.last_active_unix_ms = service::now_ms();
+            guest.clone()
         }
-        _ => return ConnectError::not_found(format!("no capsule {id} runs here")).into_response(),
+        _ => return refusal(ConnectError::not_found(format!("no capsule {id} runs here"))),
     };
-    *request.uri_mut() = format!("/{path}").parse().expect("the rest of a path is a path");
-    match tower::ServiceExt::oneshot(service, request).await {
-        Ok(response) => response.map(axum::body::Body::new),
-        Err(never) => match never {},
-    }
+    let whole = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+    let path = whole.strip_prefix(&format!("/guest/{id}")).expect("an id has nothing to decode");
+    *request.uri_mut() = path.parse().expect("the rest of a path is a path");
+    guest.forward(request).await.unwrap_or_else(|error| refusal(ConnectError::unavailable(error.to_string())))
+}
+
+fn refusal(error: ConnectError) -> Response {
+    let mut response = error.into_response();
+    response.headers_mut().insert(REFUSAL_HEADER, axum::http::HeaderValue::from_static("agent"));
+    response
 }

@@ -1,6 +1,7 @@
 //! Real parts for tests, and a fake of the whole host agent for where a real one cannot be.
 //!
-//! Nothing here mocks: a PostgreSQL is PostgreSQL, and the fake agent speaks the agent's whole contract over a real socket.
+//! Nothing here mocks: a PostgreSQL is PostgreSQL, and the fake agent speaks the agent's whole contract over a real socket and
+//! has a real envd in each capsule.
 //! What it promises is written down as [`agent_conformance`], which the real agent passes too.
 
 pub mod agent_conformance;

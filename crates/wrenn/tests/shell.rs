@@ -192,7 +192,7 @@ fn it_comes_back_when_the_connection_breaks() {
             .lock()
             .unwrap()
             .iter()
-            .filter(|said| matches!(said, Request::Connect { tag } if tag == "pty-7"))
+            .filter(|said| matches!(said, Request::Connect { tag, .. } if tag == "pty-7"))
             .count(),
         2
     );

@@ -73,10 +73,18 @@ pub async fn insert(db: &DatabaseConnection, team: TeamId, name: &str, key: &Key
     Ok(())
 }
 
-/// The team for which a key speaks.
-pub async fn team_of_any_team(db: &DatabaseConnection, key: &Key) -> Result<Option<TeamId>, Error> {
+/// What is known of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    pub id: KeyId,
+    pub team: TeamId,
+    pub name: String,
+}
+
+/// The key, and the team for which it speaks.
+pub async fn find_any_team(db: &DatabaseConnection, key: &Key) -> Result<Option<Known>, Error> {
     let row = Entity::find().filter(Column::KeyHash.eq(key.hash())).one(db).await?;
-    Ok(row.map(|row| TeamId(row.team_id)))
+    Ok(row.map(|row| Known { id: KeyId(row.id), team: TeamId(row.team_id), name: row.name }))
 }
 
 #[cfg(test)]

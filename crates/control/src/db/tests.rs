@@ -111,8 +111,8 @@ async fn teams_see_only_their_own() {
 
         let key = key::Key::random();
         key::insert(&db, one, "k", &key).await.unwrap();
-        assert_eq!(key::team_of_any_team(&db, &key).await.unwrap(), Some(one));
-        assert_eq!(key::team_of_any_team(&db, &key::Key::random()).await.unwrap(), None);
+        assert_eq!(key::find_any_team(&db, &key).await.unwrap().map(|known| known.team), Some(one));
+        assert_eq!(key::find_any_team(&db, &key::Key::random()).await.unwrap(), None);
 
         assert!(template::find(&db, two, &SafeName::default()).await.unwrap().unwrap().platform());
         assert_eq!(template::find(&db, two, &"other".parse().unwrap()).await.unwrap(), None);

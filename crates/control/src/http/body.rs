@@ -1,16 +1,12 @@
 //! JSON bodies: bounded, and refused with the name of the field that is wrong.
 
 use api::{ErrorCode, limits};
-use axum::body::BodyDataStream;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_LENGTH;
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
 use super::error::Error;
-
-/// How much of a body that is too large is still read, so that a client which writes before it reads gets to see the answer.
-const DISCARD_BYTES: usize = 32 * 1024 * 1024;
 
 /// A JSON body of at most [`limits::JSON_BODY_BYTES`], whatever content type it claims.
 pub struct Json<T>(pub T);
@@ -44,21 +40,10 @@ async fn read(request: Request) -> Result<Vec<u8>, Error> {
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| Error::new(ErrorCode::InvalidRequest, "the body ended before its end"))?;
         if bytes.len() + chunk.len() > limits::JSON_BODY_BYTES {
-            discard(stream).await;
             let message = format!("a JSON body must be at most {} bytes long", limits::JSON_BODY_BYTES);
             return Err(Error::new(ErrorCode::TooLarge, message));
         }
         bytes.extend_from_slice(&chunk);
     }
     Ok(bytes)
-}
-
-async fn discard(mut stream: BodyDataStream) {
-    let mut left = DISCARD_BYTES;
-    while let Some(Ok(chunk)) = stream.next().await {
-        match left.checked_sub(chunk.len()) {
-            Some(rest) => left = rest,
-            None => return,
-        }
-    }
 }

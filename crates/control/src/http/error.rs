@@ -16,6 +16,14 @@ impl Error {
         Self(ErrorBody { error: ErrorDetail { code, message: message.into() } })
     }
 
+    pub fn code(&self) -> ErrorCode {
+        self.0.error.code
+    }
+
+    pub fn message(&self) -> &str {
+        &self.0.error.message
+    }
+
     /// The code and the message, for where there is no status to go with them.
     pub fn into_detail(self) -> ErrorDetail {
         self.0.error
@@ -28,8 +36,9 @@ fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::InvalidState => StatusCode::CONFLICT,
+        ErrorCode::InvalidState | ErrorCode::Conflict => StatusCode::CONFLICT,
         ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
         ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::AgentError => StatusCode::BAD_GATEWAY,
         ErrorCode::HostUnavailable | ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
@@ -55,6 +64,12 @@ impl From<db::Error> for Error {
     }
 }
 
+impl From<api::Invalid> for Error {
+    fn from(invalid: api::Invalid) -> Self {
+        Self::new(ErrorCode::InvalidRequest, invalid.to_string())
+    }
+}
+
 impl From<op::Error> for Error {
     fn from(error: op::Error) -> Self {
         let message = error.to_string();
@@ -66,15 +81,19 @@ impl From<op::Error> for Error {
             }
             op::Error::Host(error) => Self::new(host_code(&error), error.to_string()),
             op::Error::Guest(source) => {
-                tracing::warn!(error = &source as &dyn std::error::Error, "a command's stream broke");
+                tracing::warn!(error = &source as &dyn std::error::Error, "a guest did not answer as it should");
                 Self::new(ErrorCode::AgentError, message)
             }
             op::Error::GuestAnswer(_) => Self::new(ErrorCode::AgentError, message),
             op::Error::Invalid(_) | op::Error::Refused(_) => Self::new(ErrorCode::InvalidRequest, message),
-            op::Error::NoTemplate(_) | op::Error::NoProcess(_) => Self::new(ErrorCode::NotFound, message),
+            op::Error::NoTemplate(_) | op::Error::NoProcess(_) | op::Error::NoFile(_) | op::Error::NoDirectory(_) => {
+                Self::new(ErrorCode::NotFound, message)
+            }
             op::Error::State(_) | op::Error::Gone => Self::new(ErrorCode::InvalidState, message),
-            op::Error::Timeout(_) => Self::new(ErrorCode::Timeout, message),
-            op::Error::TooMuchOutput => Self::new(ErrorCode::TooLarge, message),
+            op::Error::Timeout(_) | op::Error::Deadline => Self::new(ErrorCode::Timeout, message),
+            op::Error::Occupied(_) => Self::new(ErrorCode::Conflict, message),
+            op::Error::DiskFull => Self::new(ErrorCode::DiskFull, message),
+            op::Error::TooMuchOutput | op::Error::LongListing => Self::new(ErrorCode::TooLarge, message),
         }
     }
 }

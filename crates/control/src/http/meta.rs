@@ -8,7 +8,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityScheme};
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Components, InfoBuilder, OpenApi, OpenApiBuilder, Paths, ServerBuilder};
 
 use super::App;
@@ -29,6 +29,7 @@ pub fn document() -> OpenApi {
         .info(info)
         .servers(Some([ServerBuilder::new().url("/").build()]))
         .components(Some(components))
+        .security(Some([SecurityRequirement::new("apiKey", std::iter::empty::<String>())]))
         .paths(Paths::new())
         .build()
 }
@@ -45,7 +46,7 @@ pub struct Health {
 ///
 /// Without a key.
 #[utoipa::path(
-    get, path = "/health", tag = "meta", operation_id = "health",
+    get, path = "/health", tag = "meta", operation_id = "health", security(()),
     responses((status = 200, description = "It does", body = Health))
 )]
 pub async fn health(State(app): State<App>) -> Json<Health> {
@@ -56,7 +57,7 @@ pub async fn health(State(app): State<App>) -> Json<Health> {
 ///
 /// Without a key.
 #[utoipa::path(
-    get, path = "/openapi.yaml", tag = "meta", operation_id = "openapi",
+    get, path = "/openapi.yaml", tag = "meta", operation_id = "openapi", security(()),
     responses((status = 200, description = "This document", body = String, content_type = "application/yaml"))
 )]
 pub async fn openapi() -> impl IntoResponse {

@@ -1,11 +1,12 @@
 //! `/v1/snapshots`: templates, under the name clients know them by.
 
-use api::{ErrorBody, Template};
+use api::Template;
 use axum::Json;
 use axum::extract::State;
 
 use super::App;
-use super::caller::Team;
+use super::answers::OfTeam;
+use super::caller::Caller;
 use super::error::Error;
 use crate::db;
 
@@ -28,13 +29,10 @@ fn show(row: db::template::Model) -> Result<Template, db::Error> {
 ///
 /// The team's and the platform's, newest first.
 #[utoipa::path(
-    get, path = "/v1/snapshots", tag = "templates", operation_id = "listTemplates", security(("apiKey" = [])),
-    responses(
-        (status = 200, description = "The templates", body = [Template]),
-        (status = 401, description = "`unauthorized`", body = ErrorBody),
-    )
+    get, path = "/v1/snapshots", tag = "templates", operation_id = "listTemplates",
+    responses((status = 200, description = "The templates", body = [Template]), OfTeam)
 )]
-pub async fn list(Team(team): Team, State(app): State<App>) -> Result<Json<Vec<Template>>, Error> {
+pub async fn list(Caller { team, .. }: Caller, State(app): State<App>) -> Result<Json<Vec<Template>>, Error> {
     let rows = db::template::list(&app.ctx.db, team).await?;
     Ok(Json(rows.into_iter().map(show).collect::<Result<_, _>>()?))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{CreateCapsule, TeamId};
+use api::{Actor, CreateCapsule, TeamId};
 use lifecycle::Action;
 
 use super::record::{Fact, record};
@@ -16,13 +16,14 @@ use crate::host::{self, Image};
 const WAIT: Duration = Duration::from_secs(20);
 
 /// Writes the capsule down and has it started. The start goes on if the client leaves.
-pub async fn create(ctx: &Arc<Context>, team: TeamId, request: CreateCapsule) -> Result<Capsule, Error> {
+pub async fn create(ctx: &Arc<Context>, team: TeamId, actor: Actor, request: CreateCapsule) -> Result<Capsule, Error> {
     let spec = request.validate()?;
     let template = db::template::find(&ctx.db, team, &spec.template)
         .await?
         .ok_or_else(|| Error::NoTemplate(spec.template.clone()))?;
     let image = image_of(template);
     let capsule = db::capsule::insert(&ctx.db, team, db::host::CONFIGURED, spec).await?;
+    ctx.events.asked(capsule.id, actor);
     let started = ctx.tasks.spawn(start(ctx.clone(), capsule.clone(), image));
     match tokio::time::timeout(WAIT, started).await {
         Ok(result) => result?,

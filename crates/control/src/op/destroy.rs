@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::Actor;
 use lifecycle::{Command, Decision, Desired, State};
 
 use super::record::{Fact, record};
@@ -15,8 +16,8 @@ const WAIT: Duration = Duration::from_secs(20);
 
 /// Wishes the capsule gone and has its host end it. Once this has answered the capsule will end, whatever happens: a host that
 /// cannot be asked now is asked by the reconciler.
-pub async fn destroy(ctx: &Arc<Context>, capsule: Capsule) -> Result<(), Error> {
-    let capsule = wish(ctx, capsule).await?;
+pub async fn destroy(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Result<(), Error> {
+    let capsule = wish(ctx, capsule, actor).await?;
     match lifecycle::decide(capsule.life.state, Command::Destroy) {
         Decision::Act => {}
         Decision::Done | Decision::Wait | Decision::Refuse => return Ok(()),
@@ -41,13 +42,14 @@ pub async fn finish(ctx: &Context, capsule: Capsule) -> Result<Capsule, Error> {
 }
 
 /// Writes down that the capsule shall not run.
-async fn wish(ctx: &Context, mut capsule: Capsule) -> Result<Capsule, Error> {
+async fn wish(ctx: &Context, mut capsule: Capsule, actor: Actor) -> Result<Capsule, Error> {
     while capsule.life.state.desired == Desired::Running {
         let state = State { desired: Desired::Stopped, ..capsule.life.state };
         let life = Life { state, last_updated: db::now(), ..capsule.life.clone() };
         if db::capsule::advance(&ctx.db, &capsule, &life).await? {
-            capsule.life = life;
-            let _ = ctx.changes.send(capsule.id);
+            let before = std::mem::replace(&mut capsule.life, life);
+            ctx.events.asked(capsule.id, actor.clone());
+            ctx.changed(&before, &capsule);
         } else if let Some(current) = db::capsule::get(&ctx.db, capsule.team, capsule.id).await? {
             capsule = current;
         }

@@ -29,12 +29,10 @@ pub async fn record(ctx: &Context, mut capsule: Capsule, fact: Fact<'_>) -> Resu
             return Ok(capsule);
         }
         if db::capsule::advance(&ctx.db, &capsule, &life).await? {
-            let changed = life.state != capsule.life.state;
-            capsule.life = life;
-            if changed {
+            let before = std::mem::replace(&mut capsule.life, life);
+            if before.state != capsule.life.state {
                 tracing::info!(capsule = %capsule.id, state = ?capsule.life.state, reason = capsule.life.reason, "the capsule changed");
-                // Nobody may be waiting.
-                let _ = ctx.changes.send(capsule.id);
+                ctx.changed(&before, &capsule);
             }
             return Ok(capsule);
         }

@@ -22,6 +22,7 @@ on_both![
     a_destroy_overtakes_a_create,
     a_host_that_fails_leaves_an_error,
     pings_reach_the_host,
+    whatever_goes_into_a_capsule_is_activity,
     both_prefixes_serve_everything,
     shutting_down_lets_a_start_end,
 ];
@@ -196,6 +197,22 @@ async fn pings_reach_the_host(world: World) {
         }
     };
     tokio::time::timeout(PATIENCE, moved).await.expect("the host's report moves last_active_at");
+}
+
+async fn whatever_goes_into_a_capsule_is_activity(world: World) {
+    let path = format!("/v1/capsules/{}", world.capsule().await);
+    for (verb, body) in [("exec", json!({ "cmd": "true" })), ("files/list", json!({ "path": "/usr" }))] {
+        let before = world.get(&path).await.1["last_active_at"].clone();
+        // By more than the clock's own unit.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        assert_eq!(world.post(&format!("{path}/{verb}"), body).await.0, StatusCode::OK);
+        let moved = async {
+            while world.get(&path).await.1["last_active_at"] == before {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, moved).await.expect("the host's report moves last_active_at");
+    }
 }
 
 async fn both_prefixes_serve_everything(world: World) {

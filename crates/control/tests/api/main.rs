@@ -3,8 +3,12 @@
 //! Every test runs on SQLite and on PostgreSQL.
 
 mod capsules;
+mod events;
 mod exec;
+mod files;
 mod pty;
 mod reconcile;
 mod refusals;
+mod socket;
+mod streams;
 mod world;

@@ -1,205 +1,224 @@
 //! Terminals.
 
 use api::{CapsuleId, ErrorCode};
-use axum::http::StatusCode;
-use futures::{SinkExt, StreamExt};
+use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::{Error, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-use crate::world::{PATIENCE, World, on_both, refused};
+use crate::socket::{Socket, dial};
+use crate::world::{World, on_both, refused};
 
 on_both![
     what_is_typed_and_shown_and_the_exit_code,
     a_client_that_leaves_and_comes_back,
+    a_client_that_takes_only_text,
     a_kill_passes_what_waits,
     input_that_is_not_read_holds_its_client,
+    a_browser_says_who_it_is,
     what_is_wrong_before_and_after_the_upgrade,
     a_capsule_that_starts_is_waited_for,
 ];
 
-struct Terminal(WebSocketStream<MaybeTlsStream<TcpStream>>);
-
-async fn dial(url: &str, key: Option<&str>, id: &str) -> Result<Terminal, (u16, Value)> {
-    let mut request =
-        format!("{}/api/v1/capsules/{id}/pty", url.replacen("http", "ws", 1)).into_client_request().unwrap();
-    if let Some(key) = key {
-        request.headers_mut().insert("x-api-key", key.parse().unwrap());
-    }
-    match connect_async(request).await {
-        Ok((socket, _)) => Ok(Terminal(socket)),
-        Err(Error::Http(answer)) => {
-            Err((answer.status().as_u16(), serde_json::from_slice(answer.body().as_ref().unwrap()).unwrap()))
-        }
-        Err(error) => panic!("{error}"),
-    }
+async fn terminal(world: &World, id: CapsuleId, hello: Value) -> Socket {
+    Socket::open(world, id, "pty", hello).await
 }
 
-impl Terminal {
-    async fn open(world: &World, id: CapsuleId, hello: Value) -> Self {
-        let mut terminal = dial(&world.url, Some(&world.key), &id.to_string()).await.unwrap();
-        terminal.say(hello).await;
-        terminal
-    }
-
-    async fn say(&mut self, message: Value) {
-        self.0.send(Message::text(message.to_string())).await.unwrap();
-    }
-
-    async fn write(&mut self, text: &str) {
-        self.0.send(Message::binary(text.as_bytes().to_vec())).await.unwrap();
-    }
-
-    /// What is shown until the next other message, and that.
-    async fn told(&mut self) -> (String, Value) {
-        let mut shown = Vec::new();
-        loop {
-            match timeout(PATIENCE, self.0.next()).await.expect("an answer").expect("no end").unwrap() {
-                Message::Binary(bytes) => shown.extend_from_slice(&bytes),
-                Message::Text(text) => {
-                    return (String::from_utf8(shown).unwrap(), serde_json::from_str(&text).unwrap());
-                }
-                Message::Ping(_) => {}
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    /// The next error, which must be of that kind.
-    async fn fails(&mut self, code: &str, fatal: bool) -> String {
-        let (_, error) = self.told().await;
-        assert_eq!(
-            (&error["type"], &error["code"], &error["fatal"]),
-            (&json!("error"), &json!(code), &json!(fatal)),
-            "{error}"
-        );
-        if fatal {
-            assert!(matches!(timeout(PATIENCE, self.0.next()).await.unwrap(), Some(Ok(Message::Close(_)))));
-        }
-        error["data"].as_str().unwrap().to_owned()
-    }
+/// A shell without a prompt.
+fn quiet(more: Value) -> Value {
+    let mut start = json!({ "type": "start", "cmd": "/bin/sh", "args": ["-c", "stty -echo; echo ready; exec sh"] });
+    start.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    start["envs"] = json!({ "PS1": "" });
+    start
 }
 
 async fn what_is_typed_and_shown_and_the_exit_code(world: World) {
     let id = world.capsule().await;
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "start", "cols": 0, "rows": 0 })).await;
-    // Before the process is there, in both forms, and with a resize between them.
-    terminal.write("size\n").await;
+    let mut terminal = terminal(&world, id, json!({ "type": "start", "cols": 0, "rows": 0, "user": "root" })).await;
+    // Before the process is there.
+    terminal.write("echo $((40 + 2)); stty size\n").await;
     terminal.say(json!({ "type": "pong" })).await;
     let (_, started) = terminal.told().await;
-    assert_eq!((&started["type"], &started["pid"]), (&json!("started"), &json!(1001)));
+    assert_eq!(started["type"], "started");
     let tag = started["tag"].as_str().unwrap();
     assert!(tag.len() == 12 && tag.starts_with("pty-"), "{tag}");
-    let running = world.agent.processes(id).remove(&1001).unwrap();
-    assert_eq!((running.cmd.as_str(), running.tag.as_deref()), ("/bin/bash", Some(tag)));
-    assert!(!running.has_deadline);
+    terminal.shows("24 80").await;
+    let running = world.agent.processes(id).await;
+    let config = running[0].config.as_option().unwrap();
+    assert_eq!((config.cmd.as_str(), running[0].tag.as_deref()), ("/bin/bash", Some(tag)));
+    assert_eq!(started["pid"], running[0].pid);
     terminal.say(json!({ "type": "resize", "cols": 132, "rows": 43 })).await;
-    terminal.say(json!({ "type": "input", "data": "c2l6ZQo=" })).await;
+    // `stty size`
+    terminal.say(json!({ "type": "input", "data": "c3R0eSBzaXplCg==" })).await;
+    terminal.shows("43 132").await;
     terminal.write("exit 7\n").await;
-    let (shown, exit) = terminal.told().await;
-    // The first may find either size; what follows the resize finds the new one.
-    let sizes: Vec<_> = shown.lines().filter(|line| line.contains(' ') && !line.starts_with("exit")).collect();
-    assert!(shown.starts_with("size\n") && sizes.len() == 2 && sizes[1] == "43 132", "{shown}");
-    assert_eq!(exit, json!({ "type": "exit", "exit_code": 7 }));
-    assert!(matches!(timeout(PATIENCE, terminal.0.next()).await.unwrap(), Some(Ok(Message::Close(_)))));
+    assert_eq!(terminal.told().await.1, json!({ "type": "exit", "exit_code": 7 }));
+    terminal.closes().await;
     world.until_idle(id).await;
 }
 
 async fn a_client_that_leaves_and_comes_back(world: World) {
     let id = world.capsule().await;
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "start", "cmd": "sh", "tag": "mine" })).await;
-    terminal.told().await;
+    let mut first = terminal(&world, id, quiet(json!({ "tag": "mine" }))).await;
+    let started = first.told().await.1;
+    first.shows("ready").await;
     // Its last words arrive.
-    terminal.write("last words\n").await;
-    terminal.0.close(None).await.unwrap();
-    drop(terminal);
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "connect", "tag": "mine" })).await;
-    assert_eq!(terminal.told().await.1, json!({ "type": "started", "pid": 1001, "tag": "mine" }));
-    terminal.write("exit 0\n").await;
-    assert_eq!(terminal.told().await, ("last words\nexit 0\n".into(), json!({ "type": "exit", "exit_code": 0 })));
+    first.write("echo last words\n").await;
+    first.0.close(None).await.unwrap();
+    drop(first);
+    let mut second = terminal(&world, id, json!({ "type": "connect", "tag": "mine" })).await;
+    assert_eq!(second.told().await.1, started);
+    second.shows("ready\r\nlast words").await;
+    second.write("exit 0\n").await;
+    assert_eq!(second.told().await.1, json!({ "type": "exit", "exit_code": 0 }));
     world.until_idle(id).await;
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "connect", "tag": "mine" })).await;
-    assert!(terminal.fails("not_found", true).await.contains("`mine`"));
+    // For a while it still tells how it ended.
+    let mut third = terminal(&world, id, json!({ "type": "connect", "tag": "mine" })).await;
+    assert_eq!(third.told().await.1, started);
+    let (shown, exit) = third.told().await;
+    assert!(shown.starts_with("ready\r\nlast words\r\n"), "{shown}");
+    assert_eq!(exit["exit_code"], 0);
+    let mut nobody = terminal(&world, id, json!({ "type": "connect", "tag": "other" })).await;
+    assert!(nobody.fails("not_found", true).await.contains("`other`"));
+}
+
+async fn a_client_that_takes_only_text(world: World) {
+    let id = world.capsule().await;
+    let mut terminal = terminal(&world, id, quiet(json!({ "tag": "text", "encoding": "base64" }))).await;
+    assert_eq!(terminal.told().await.1["type"], "started");
+    // "ready\r\n"
+    assert_eq!(terminal.told().await.1, json!({ "type": "output", "data": "cmVhZHkNCg==" }));
+    drop(terminal);
+    let hello = json!({ "type": "connect", "tag": "text", "encoding": "base64" });
+    let mut terminal = Socket::open(&world, id, "pty", hello).await;
+    assert_eq!(terminal.told().await.1["type"], "started");
+    assert_eq!(terminal.told().await.1, json!({ "type": "output", "data": "cmVhZHkNCg==" }));
+    terminal.say(json!({ "type": "kill" })).await;
+    assert_eq!(terminal.told().await, (String::new(), json!({ "type": "exit", "exit_code": -1 })));
+}
+
+/// Shows `stuck` and reads nothing.
+fn stuck(tag: &str) -> Value {
+    json!({ "type": "start", "cmd": "/bin/sh", "args": ["-c", "stty raw -echo; echo stuck; exec sleep 1000"], "tag": tag })
 }
 
 async fn a_kill_passes_what_waits(world: World) {
     let id = world.capsule().await;
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "start", "cmd": "stuck" })).await;
+    let mut terminal = terminal(&world, id, stuck("a")).await;
     terminal.told().await;
+    terminal.shows("stuck").await;
     for _ in 0..10 {
-        terminal.write("never read\n").await;
+        terminal.write(&"never read".repeat(1000)).await;
     }
     terminal.say(json!({ "type": "kill" })).await;
-    assert_eq!(terminal.told().await, ("stuck\n".into(), json!({ "type": "exit", "exit_code": -1 })));
+    assert_eq!(terminal.told().await.1, json!({ "type": "exit", "exit_code": -1 }));
 }
 
 async fn input_that_is_not_read_holds_its_client(world: World) {
     let id = world.capsule().await;
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "start", "cmd": "stuck", "tag": "full" })).await;
-    terminal.told().await;
+    let mut first = terminal(&world, id, stuck("full")).await;
+    first.told().await;
+    first.shows("stuck").await;
     // More than all buffers between here and there hold.
     let piece = "x".repeat(1024 * 1024);
     let flood = async {
         for _ in 0..256 {
-            terminal.write(&piece).await;
+            first.write(&piece).await;
         }
     };
     assert!(timeout(std::time::Duration::from_secs(5), flood).await.is_err(), "everything was taken");
-    drop(terminal);
-    let mut other = Terminal::open(&world, id, json!({ "type": "connect", "tag": "full" })).await;
+    drop(first);
+    let mut other = terminal(&world, id, json!({ "type": "connect", "tag": "full" })).await;
     other.told().await;
     other.say(json!({ "type": "kill" })).await;
     assert_eq!(other.told().await.1["exit_code"], -1);
 }
 
+async fn a_browser_says_who_it_is(world: World) {
+    let id = world.capsule().await;
+    let path = format!("{id}/pty");
+    let mut socket = dial(&world.url, None, &path).await.unwrap();
+    // It does not wait for an answer.
+    socket.say(json!({ "type": "auth", "token": world.key })).await;
+    socket.say(quiet(json!({}))).await;
+    assert_eq!(socket.told().await.1["type"], "started");
+    socket.write("exit 3\n").await;
+    assert_eq!(socket.told().await.1["exit_code"], 3);
+
+    for hello in [
+        json!({ "type": "auth", "token": "wrn_" }),
+        json!({ "type": "auth", "token": format!("wrn_{}", "0".repeat(32)) }),
+        json!({ "type": "auth" }),
+        json!({ "type": "start" }),
+        json!([]),
+    ] {
+        let mut socket = dial(&world.url, None, &path).await.unwrap();
+        socket.say(hello).await;
+        assert_eq!(socket.fails("unauthorized", true).await, "authentication failed");
+    }
+    let mut silent = dial(&world.url, None, &path).await.unwrap();
+    assert_eq!(silent.fails("unauthorized", true).await, "authentication failed");
+    let mut socket = dial(&world.url, None, &path).await.unwrap();
+    socket.say(json!({ "type": "auth", "token": world.stranger().await })).await;
+    assert_eq!(socket.fails("not_found", true).await, format!("there is no capsule {id}"));
+    assert!(world.agent.processes(id).await.is_empty());
+}
+
 async fn what_is_wrong_before_and_after_the_upgrade(world: World) {
     let id = world.capsule().await;
-    let path = id.to_string();
     let refuse = |(status, body): (u16, Value), expected, code| {
         refused((StatusCode::from_u16(status).unwrap(), body), expected, code)
     };
-    for key in [None, Some("wrn_"), Some("wrn_00000000000000000000000000000000")] {
-        refuse(dial(&world.url, key, &path).await.err().unwrap(), 401, ErrorCode::Unauthorized);
+    let key = Some(world.key.as_str());
+    for what in ["pty", "exec/stream", "processes/1/stream"] {
+        let path = format!("{id}/{what}");
+        for key in ["", "wrn_", "wrn_00000000000000000000000000000000"] {
+            refuse(dial(&world.url, Some(key), &path).await.err().unwrap(), 401, ErrorCode::Unauthorized);
+        }
+        for key in [key, None] {
+            let bad = dial(&world.url, key, &format!("cl-1/{what}")).await.err().unwrap();
+            refuse(bad, 400, ErrorCode::InvalidRequest);
+        }
+        let nobodys = format!("{}/{what}", CapsuleId::random());
+        refuse(dial(&world.url, key, &nobodys).await.err().unwrap(), 404, ErrorCode::NotFound);
+        let stranger = world.stranger().await;
+        refuse(dial(&world.url, Some(&stranger), &path).await.err().unwrap(), 404, ErrorCode::NotFound);
+        let plain = world.get(&format!("/v1/capsules/{path}")).await;
+        assert!(refused(plain, 400, ErrorCode::InvalidRequest).contains("WebSocket"));
     }
-    refuse(dial(&world.url, Some(&world.key), "cl-1").await.err().unwrap(), 400, ErrorCode::InvalidRequest);
-    let nobodys = CapsuleId::random().to_string();
-    refuse(dial(&world.url, Some(&world.key), &nobodys).await.err().unwrap(), 404, ErrorCode::NotFound);
-    refuse(dial(&world.url, Some(&world.stranger().await), &path).await.err().unwrap(), 404, ErrorCode::NotFound);
-    let plain = world.get(&format!("/v1/capsules/{id}/pty")).await;
-    assert!(refused(plain, 400, ErrorCode::InvalidRequest).contains("WebSocket"));
 
     for (hello, field) in [
         (json!({ "type": "resize", "cols": 1, "rows": 1 }), "start"),
         (json!({ "type": "dance" }), "start"),
         (json!({ "type": "start", "cols": 70_000 }), "cols"),
         (json!({ "type": "start", "cwd": "/missing" }), "/missing"),
+        (json!({ "type": "start", "user": "stranger" }), "stranger"),
+        (json!({ "type": "start", "encoding": "hex" }), "encoding"),
         (json!({ "type": "connect", "tag": "" }), "tag"),
     ] {
-        let message = Terminal::open(&world, id, hello).await.fails("invalid_request", true).await;
-        assert!(message.contains(field), "{message}");
+        let message = terminal(&world, id, hello.clone()).await.fails("invalid_request", true).await;
+        assert!(message.contains(field) || field == "encoding", "{hello}: {message}");
     }
-    assert!(world.agent.processes(id).is_empty());
+    assert!(world.agent.processes(id).await.is_empty());
 
-    let mut terminal = Terminal::open(&world, id, json!({ "type": "start" })).await;
-    terminal.told().await;
+    let mut one = terminal(&world, id, quiet(json!({}))).await;
+    one.told().await;
+    one.shows("ready").await;
     for (message, word) in [
         (json!({ "type": "resize", "cols": 0, "rows": 1 }), "cols"),
         (json!({ "type": "input", "data": "!" }), "base64"),
         (json!({ "type": "start" }), "its terminal"),
         (json!("hello"), "understood"),
     ] {
-        terminal.say(message).await;
-        let message = terminal.fails("invalid_request", false).await;
+        one.say(message).await;
+        let message = one.fails("invalid_request", false).await;
         assert!(message.contains(word), "{message}");
     }
-    terminal.write("vanish\n").await;
-    terminal.fails("agent_error", true).await;
+    // The guest is gone.
+    one.write("kill -9 $PPID\n").await;
+    one.fails("agent_error", true).await;
     world.agent.lose(id);
     world.until(id, "missing").await;
-    Terminal::open(&world, id, json!({ "type": "start" })).await.fails("invalid_state", true).await;
+    terminal(&world, id, json!({ "type": "start" })).await.fails("invalid_state", true).await;
 }
 
 async fn a_capsule_that_starts_is_waited_for(world: World) {
@@ -210,7 +229,7 @@ async fn a_capsule_that_starts_is_waited_for(world: World) {
         creates.wait_for(|count| *count == 1).await.unwrap();
         let (_, capsules) = world.get("/v1/capsules").await;
         let id: CapsuleId = capsules[0]["id"].as_str().unwrap().parse().unwrap();
-        let mut terminal = Terminal::open(&world, id, json!({ "type": "start" })).await;
+        let mut terminal = terminal(&world, id, quiet(json!({}))).await;
         terminal.write("exit 3\n").await;
         world.agent.release();
         assert_eq!(terminal.told().await.1["type"], "started");

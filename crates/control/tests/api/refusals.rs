@@ -33,6 +33,17 @@ async fn keys(world: World) {
         (Method::DELETE, format!("/v1/capsules/{id}")),
         (Method::POST, format!("/v1/capsules/{id}/ping")),
         (Method::POST, format!("/v1/capsules/{id}/exec")),
+        (Method::GET, format!("/v1/capsules/{id}/processes")),
+        (Method::DELETE, format!("/v1/capsules/{id}/processes/1")),
+        (Method::GET, format!("/v1/capsules/{id}/metrics")),
+        (Method::POST, format!("/v1/capsules/{id}/files/list")),
+        (Method::POST, format!("/v1/capsules/{id}/files/mkdir")),
+        (Method::POST, format!("/v1/capsules/{id}/files/remove")),
+        (Method::POST, format!("/v1/capsules/{id}/files/read")),
+        (Method::POST, format!("/v1/capsules/{id}/files/write")),
+        (Method::POST, format!("/v1/capsules/{id}/files/stream/read")),
+        (Method::POST, format!("/v1/capsules/{id}/files/stream/write")),
+        (Method::GET, "/v1/events/stream".to_owned()),
         (Method::GET, "/v1/capsules/not-an-id".to_owned()),
     ];
     let unknown = format!("wrn_{}", "0".repeat(32));
@@ -98,7 +109,7 @@ async fn values_outside_their_bounds(world: World) {
             refused(world.post(&format!("/v1/capsules/{id}/exec"), body.clone()).await, 400, ErrorCode::InvalidRequest);
         assert!(message.contains(field), "{body}: {message}");
     }
-    assert!(world.agent.processes(id).is_empty());
+    assert!(world.agent.processes(id).await.is_empty());
 }
 
 async fn bodies_that_are_not_right(world: World) {
@@ -142,6 +153,11 @@ async fn ids_that_are_not_ids(world: World) {
             world.request(Method::DELETE, &path),
             world.request(Method::POST, &format!("{path}/ping")),
             world.request(Method::POST, &format!("{path}/exec")).json(&json!({ "cmd": "x" })),
+            world.request(Method::GET, &format!("{path}/processes")),
+            world.request(Method::DELETE, &format!("{path}/processes/1")),
+            world.request(Method::GET, &format!("{path}/metrics")),
+            world.request(Method::POST, &format!("{path}/files/list")).json(&json!({ "path": "/" })),
+            world.request(Method::POST, &format!("{path}/files/write")).body("x"),
         ] {
             refused(world.send(request).await, 400, ErrorCode::InvalidRequest);
         }
@@ -160,6 +176,11 @@ async fn other_teams_capsules(mut world: World) {
             world.request(Method::DELETE, &path),
             world.request(Method::POST, &format!("{path}/ping")),
             world.request(Method::POST, &format!("{path}/exec")).json(&json!({ "cmd": "x" })),
+            world.request(Method::GET, &format!("{path}/processes")),
+            world.request(Method::DELETE, &format!("{path}/processes/1")),
+            world.request(Method::GET, &format!("{path}/metrics")),
+            world.request(Method::POST, &format!("{path}/files/list")).json(&json!({ "path": "/" })),
+            world.request(Method::POST, &format!("{path}/files/write")).body("x"),
         ] {
             // Word for word what an id says that is nobody's.
             let message = refused(world.send(request).await, 404, ErrorCode::NotFound);
@@ -169,7 +190,7 @@ async fn other_teams_capsules(mut world: World) {
     assert_eq!(world.get("/v1/capsules").await.1, json!([]));
     assert_eq!(*world.agent.destroys().borrow(), 0);
     assert_eq!(world.agent.alive(), [id.to_string()]);
-    assert!(world.agent.processes(id).is_empty());
+    assert!(world.agent.processes(id).await.is_empty());
 }
 
 async fn paths_and_methods(world: World) {

@@ -142,7 +142,7 @@ impl World {
     /// Waits until nothing runs in the capsule.
     pub async fn until_idle(&self, id: CapsuleId) {
         let idle = async {
-            while !self.agent.processes(id).is_empty() {
+            while !self.agent.processes(id).await.is_empty() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };

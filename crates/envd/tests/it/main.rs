@@ -1,5 +1,8 @@
 //! envd as its clients see it: a real binary, driven over its real wire.
 
+mod entries;
+mod files;
+mod files_disk;
 mod harness;
 mod http;
 mod init;
@@ -9,4 +12,7 @@ mod lifetime;
 mod output;
 mod plan;
 mod readers;
+mod restore;
+mod tree;
+mod watch;
 mod wire;

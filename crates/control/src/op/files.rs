@@ -1,0 +1,136 @@
+//! Files in a capsule, as its root sees them: what they are goes over envd's RPCs, what is in them over its plain HTTP.
+//!
+//! Contents pass through as they come, in either direction: nothing here holds a file.
+
+use agent_api::GuestFiles;
+use api::{FileEntry, FileKind};
+use connectrpc::client::{CallOptions, ClientBody, full_body};
+use connectrpc::{ConnectError, ErrorCode as Code};
+use guest_api::HttpError;
+use guest_api::filesystem::{EntryInfo, FileType, ListDirRequest, MakeDirRequest, RemoveRequest, StatRequest};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::{Request, Response, StatusCode};
+
+use super::Error;
+use super::guest::Guest;
+
+/// Bytes of one listing on its way here.
+const LISTING_BYTES: usize = 256 << 20;
+/// Bytes of an answer that is an error.
+const ERROR_BYTES: usize = 64 << 10;
+
+/// What is in a directory, `depth` levels deep. Anything else than a directory is not there.
+pub async fn list(guest: &Guest, path: String, depth: u32) -> Result<Vec<FileEntry>, Error> {
+    let files = guest.files();
+    let request = ListDirRequest { path: path.clone(), depth, ..Default::default() };
+    let options = CallOptions::default().with_max_message_size(LISTING_BYTES);
+    match files.list_dir_with_options(request, options).await {
+        Ok(listed) => Ok(listed.into_owned().entries.into_iter().map(entry).collect()),
+        Err(error) if error.code == Code::InvalidArgument && is_something(&files, &path).await => {
+            Err(Error::NoDirectory(path))
+        }
+        Err(error) => Err(failed(guest, error, &path)),
+    }
+}
+
+/// Whether there is anything at the path.
+async fn is_something(files: &GuestFiles, path: &str) -> bool {
+    files.stat(StatRequest { path: path.into(), ..Default::default() }).await.is_ok()
+}
+
+/// Makes a directory and its parents.
+pub async fn make_directory(guest: &Guest, path: String) -> Result<FileEntry, Error> {
+    let request = MakeDirRequest { path: path.clone(), ..Default::default() };
+    let made = guest.files().make_dir(request).await.map_err(|error| failed(guest, error, &path))?.into_owned();
+    made.entry.into_option().map(entry).ok_or(Error::GuestAnswer("no entry of the directory it made"))
+}
+
+/// Removes what is at the path, with everything inside.
+pub async fn remove(guest: &Guest, path: String) -> Result<(), Error> {
+    let files = guest.files();
+    // The guest does not mind when there is nothing; our clients want to know.
+    let stat = files.stat(StatRequest { path: path.clone(), ..Default::default() }).await;
+    stat.map_err(|error| failed(guest, error, &path))?;
+    let removed = files.remove(RemoveRequest { path: path.clone(), ..Default::default() }).await;
+    removed.map(drop).map_err(|error| failed(guest, error, &path))
+}
+
+/// What is in a file: an answer whose body comes as the guest reads it.
+pub async fn read(guest: &Guest, path: &str) -> Result<Response<Incoming>, Error> {
+    let request = Request::get(target(path)).body(full_body(Default::default())).expect("the path is encoded");
+    let response = guest.send(request).await?;
+    if response.status() == StatusCode::OK { Ok(response) } else { Err(refused(guest, response, path).await) }
+}
+
+/// Puts what the body carries into a file, in place of what was there. Parents are made. A body that breaks off leaves
+/// nothing under the file's name.
+pub async fn write(guest: &Guest, path: &str, body: ClientBody) -> Result<(), Error> {
+    let request = Request::post(target(path)).header("content-type", "application/octet-stream").body(body);
+    let response = guest.send(request.expect("the path is encoded")).await?;
+    if response.status().is_success() { Ok(()) } else { Err(refused(guest, response, path).await) }
+}
+
+fn target(path: &str) -> String {
+    let query = form_urlencoded::Serializer::new(String::new()).append_pair("path", path).finish();
+    format!("/files?{query}")
+}
+
+/// Why the guest did not do what an RPC asked.
+fn failed(guest: &Guest, error: ConnectError, path: &str) -> Error {
+    match guest.failed(error) {
+        Error::Guest(error) => match error.code {
+            Code::NotFound => Error::NoFile(path.into()),
+            Code::AlreadyExists => Error::Occupied(path.into()),
+            Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => {
+                Error::Refused(format!("path `{path}`: {}", error.message.as_deref().unwrap_or("the guest refuses it")))
+            }
+            Code::ResourceExhausted if error.message.as_deref().is_some_and(|text| text.contains("space")) => {
+                Error::DiskFull
+            }
+            Code::ResourceExhausted => Error::LongListing,
+            _ => Error::Guest(error),
+        },
+        error => error,
+    }
+}
+
+/// Why the guest did not do what a plain request asked.
+async fn refused(guest: &Guest, response: Response<Incoming>, path: &str) -> Error {
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ERROR_BYTES).collect().await;
+    let bytes = body.map(|body| body.to_bytes()).unwrap_or_default();
+    let message = serde_json::from_slice(&bytes).map(|error: HttpError| error.message);
+    let message = message.unwrap_or_else(|_| format!("the guest answers {status}"));
+    match status {
+        StatusCode::NOT_FOUND => Error::NoFile(path.into()),
+        StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN | StatusCode::REQUEST_TIMEOUT => {
+            Error::Refused(format!("path `{path}`: {message}"))
+        }
+        StatusCode::INSUFFICIENT_STORAGE => Error::DiskFull,
+        _ => guest.failed(ConnectError::internal(message)),
+    }
+}
+
+fn entry(info: EntryInfo) -> FileEntry {
+    let kind = match info.r#type.as_known() {
+        Some(FileType::FILE_TYPE_DIRECTORY) => FileKind::Directory,
+        Some(FileType::FILE_TYPE_SYMLINK) => FileKind::Symlink,
+        Some(FileType::FILE_TYPE_FILE) => FileKind::File,
+        // A link to nowhere, or one of the things that clients have no word for.
+        Some(FileType::FILE_TYPE_UNSPECIFIED) | None if info.symlink_target.is_some() => FileKind::Symlink,
+        Some(FileType::FILE_TYPE_UNSPECIFIED) | None => FileKind::File,
+    };
+    FileEntry {
+        name: info.name,
+        path: info.path,
+        kind,
+        size: info.size,
+        mode: info.mode,
+        permissions: info.permissions,
+        owner: info.owner,
+        group: info.group,
+        modified_at: info.modified_time.into_option().map_or(0, |time| time.seconds),
+        symlink_target: info.symlink_target,
+    }
+}
