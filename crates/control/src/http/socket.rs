@@ -65,7 +65,7 @@ impl FromRequestParts<App> for Socket {
         let caller = Caller::of_headers(app, parts).await?;
         let id = caller::id(parts, app).await?;
         let door = match caller {
-            Some(caller) => Door::Open(Box::new(caller.capsule(app, id).await?)),
+            Some(caller) => Door::Open(caller.capsule(app, id).await?.into()),
             None => Door::Closed(id),
         };
         let upgrade = WebSocketUpgrade::from_request_parts(parts, app).await;

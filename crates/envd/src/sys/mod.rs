@@ -4,6 +4,8 @@
 //! It owns no policy; each function does one thing to the kernel and says what it assumes.
 
 pub mod disk;
+pub mod freeze;
 pub mod net;
 pub mod poll;
+pub mod random;
 pub mod spawn;
