@@ -177,7 +177,8 @@ async fn a_directory_of_a_hundred_thousand() {
         envd.config().with_default_max_message_size(64 << 20).with_default_element_memory_limit(256 << 20),
     );
     let mut memory = 0;
-    for round in 0..3 {
+    // The first rounds are for the allocator, which has a place of its own for each of envd's threads.
+    for round in 0..12 {
         let request = guest_api::filesystem::ListDirRequest { path: "/tmp/many".to_owned(), ..Default::default() };
         let listed = files.list_dir(request).await.unwrap().into_owned();
         assert_eq!(listed.entries.len(), 100_000);
@@ -185,7 +186,7 @@ async fn a_directory_of_a_hundred_thousand() {
             assert_eq!((&entry.name, entry.owner.as_str()), (&format!("entry-{number:06}"), "user"));
         }
         match round {
-            0 => memory = envd.memory(),
+            0..6 => memory = memory.max(envd.memory()),
             _ => assert!(envd.memory() < memory + FLAT, "from {memory} to {} bytes", envd.memory()),
         }
     }
