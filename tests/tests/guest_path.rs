@@ -204,8 +204,8 @@ async fn an_editor_and_top_on_the_screen() {
     let up = Up::start();
     let id = up.create().await;
     let mut vi =
-        terminal(&up, &id, json!({"type": "start", "cmd": "vi", "args": ["/root/text"], "cols": 80, "rows": 24})).await;
-    vi.screen("empty file", |rows| rows[1].starts_with('~') && rows[23].contains("/root/text")).await;
+        terminal(&up, &id, json!({"type": "start", "cmd": "vi", "args": ["/tmp/text"], "cols": 80, "rows": 24})).await;
+    vi.screen("empty file", |rows| rows[1].starts_with('~') && rows[23].contains("/tmp/text")).await;
     vi.write("ifirst\rsecond").await;
     vi.screen("text", |rows| rows[0].trim_end() == "first" && rows[1].trim_end() == "second").await;
     vi.write("\x1b").await;
@@ -216,7 +216,7 @@ async fn an_editor_and_top_on_the_screen() {
     vi.screen("lines changed places", |rows| rows[0].trim_end() == "second" && rows[1].trim_end() == "first").await;
     vi.write(":wq\r").await;
     assert_eq!(vi.told().await.unwrap(), json!({"type": "exit", "exit_code": 0}));
-    assert_eq!(up.output(&id, "cat /root/text").await, "second\nfirst");
+    assert_eq!(up.output(&id, "cat /tmp/text").await, "second\nfirst");
 
     let hello = json!({"type": "start", "cmd": "top", "args": ["-d", "0.5"], "envs": {"TERM": "xterm-256color"}, "cols": 100, "rows": 30});
     let mut top = terminal(&up, &id, hello).await;
