@@ -8,17 +8,23 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod control;
 pub mod files;
 pub mod filesystem;
+pub mod freeze;
 pub mod http;
 pub mod init;
 pub mod metadata;
 pub mod metrics;
+pub mod mmds;
+pub mod netlink;
 pub mod path;
+pub mod ports;
 pub mod process;
 pub mod reaper;
 pub mod rpc;
 pub mod settings;
+pub mod snapshot;
 pub mod sys;
 pub mod user;
 
