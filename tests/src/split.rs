@@ -104,7 +104,7 @@ impl Process {
                 break address.trim().to_owned();
             }
             assert!(Instant::now() < limit, "`wrenn {}` does not serve: {said}", self.verb);
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::park_timeout(Duration::from_millis(20));
         };
         self.serving = Some((says.to_owned(), address.clone()));
         address
