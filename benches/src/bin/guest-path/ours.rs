@@ -99,8 +99,10 @@ impl Ours {
                         Some(before) => times.push(before.elapsed()),
                     }
                     before = Some(Instant::now());
-                    let input = ProcessInput { input: Some(process_input::Input::Pty(b"k".to_vec())), ..Default::default() };
-                    let request = SendInputRequest { process: by(pid).into(), input: input.into(), ..Default::default() };
+                    let input =
+                        ProcessInput { input: Some(process_input::Input::Pty(b"k".to_vec())), ..Default::default() };
+                    let request =
+                        SendInputRequest { process: by(pid).into(), input: input.into(), ..Default::default() };
                     self.processes.send_input(request).await?;
                 }
                 Some(Event::Keepalive(_)) => {}

@@ -58,7 +58,10 @@ impl Figures {
                     let verdict = target.map_or("".to_owned(), |target| {
                         format!("≤ {target:.2}: {}", if ratio <= target { "met" } else { "missed" })
                     });
-                    writeln!(text, "| {row} | {median:.2} | {p99:.2} | {peer:.2} | {peer_p99:.2} | {ratio:.2} | {verdict} |")
+                    writeln!(
+                        text,
+                        "| {row} | {median:.2} | {p99:.2} | {peer:.2} | {peer_p99:.2} | {ratio:.2} | {verdict} |"
+                    )
                 }
                 None => writeln!(text, "| {row} | {median:.2} | {p99:.2} | | | | |"),
             };
