@@ -1,4 +1,4 @@
-# The same words everywhere: build · images · demo · test · lint · bench-NAME · dev
+# The same words everywhere: build · images · demo · test · lint · bench-NAME · fuzz-NAME · dev
 # `make demo` and `make test` work on a fresh Debian 12 machine with git and a Rust toolchain; see README.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -55,3 +55,7 @@ dev: images
 
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
+
+## One parser against ten minutes of made-up input: api, guest, pager or snapshot.
+fuzz-%:
+	tools/fuzz.sh $*

@@ -464,6 +464,22 @@ def test_what_a_new_directory_holds_is_seen(sandbox, home):
     watch.stop()
 
 
+def test_watch_during_a_clone(sandbox, home):
+    make = """git init -q origin && cd origin && mkdir -p {a,b,c}/{1..10} && for d in */*; do seq 20 > $d/file; touch $d/x{1..20}; done
+        git add . && git -c user.name=t -c user.email=t@example.com commit -qm all && mkdir ../in"""
+    sandbox.commands.run(make, cwd=home)
+    watch = sandbox.files.watch_dir(f"{home}/in", recursive=True)
+    sandbox.commands.run("git clone -q ../origin work && mkdir last", cwd=f"{home}/in")
+    events = drained(watch, "last")
+    created = {name for name, kind in events if kind == CREATE}
+    assert created >= set(sandbox.commands.run("find work -not -path '*/.git/*'", cwd=f"{home}/in").stdout.splitlines())
+    # What git makes and takes away again is told both ways.
+    removed = {name for name, kind in events if kind in (REMOVE, RENAME)}
+    exists = set(sandbox.commands.run("find . -mindepth 1 -printf '%P\\n'", cwd=f"{home}/in").stdout.splitlines())
+    assert created - exists <= removed
+    watch.stop()
+
+
 def test_watch_with_entries(sandbox, home):
     watch = sandbox.files.watch_dir(home, include_entry=True)
     sandbox.files.write(f"{home}/file", "content")

@@ -122,7 +122,7 @@ def test_config(capsule, repo):
 def test_errors(capsule):
     with pytest.raises(GitCommandError) as error:
         capsule.git.clone("file:///no/such/repository")
-    assert error.value.exit_code == 128 and "does not exist" in error.value.stderr
+    assert error.value.exit_code == 128 and "does not appear to be a git repository" in error.value.stderr
     with pytest.raises(GitCommandError):
         capsule.git.status(cwd="/tmp")
 

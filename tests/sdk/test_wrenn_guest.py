@@ -296,9 +296,10 @@ def test_async():
             # Terminals
             async with capsule.pty(cmd="/bin/sh", envs={"PS1": "> "}) as term:
                 await term.write(b"echo sc$((1))reen\n")
-                async for event in term:
-                    if event.type == "output" and b"sc1reen\r\n" in event.data:
-                        break
+                shown = b""
+                while b"sc1reen\r\n" not in shown:
+                    event = await anext(term)
+                    shown += event.data if event.type == "output" else b""
                 tag = term.tag
             async with capsule.pty_connect(tag) as term:
                 await term.resize(132, 43)

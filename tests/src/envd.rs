@@ -44,7 +44,7 @@ impl Envd {
         let tree = tree();
         let (mut unshare, number) = namespaces(&tree, dir.path());
         let mut stdin = unshare.stdin.take().unwrap();
-        writeln!(stdin).unwrap();
+        writeln!(stdin, "{} {}", address(number, 2), address(number, 1)).unwrap();
         let address: SocketAddr = (address(number, 2), guest_api::PORT).into();
         let http = reqwest::Client::new();
         let limit = Instant::now() + PATIENCE;
@@ -115,21 +115,11 @@ impl Drop for Envd {
 
 /// Starts the namespaces, with a link to this machine; the number of the link.
 fn namespaces(tree: &Path, dir: &Path) -> (Child, u32) {
-    let mut number = std::process::id() % LINKS;
-    let link = loop {
-        // The name is the claim: of two that want a number, one fails. It is moved into the namespace's when that exists.
-        let name = format!("envd{number}");
-        if ip(&format!("link add {name} type veth peer name {name}p")) {
-            break name;
-        }
-        number = (number + 1) % LINKS;
-    };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/envd.sh");
     let mut unshare = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--"])
         .arg(script)
         .args([tree, dir, &program("envd")])
-        .args([address(number, 2).to_string(), address(number, 1).to_string()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -137,9 +127,13 @@ fn namespaces(tree: &Path, dir: &Path) -> (Child, u32) {
     let mut line = String::new();
     BufReader::new(unshare.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n", "the namespaces' script failed");
-    assert!(ip(&format!("link set {link}p netns {} name eth0", unshare.id())));
-    assert!(ip(&format!("address add {}/30 dev {link}", address(number, 1))));
-    assert!(ip(&format!("link set {link} up")));
+    // The name is the claim: of two that want a number, one fails. The link goes with the namespace that has its other end.
+    let mut number = std::process::id() % LINKS;
+    while !ip(&format!("link add envd{number} type veth peer name eth0 netns {}", unshare.id())) {
+        number = (number + 1) % LINKS;
+    }
+    assert!(ip(&format!("address add {}/30 dev envd{number}", address(number, 1))));
+    assert!(ip(&format!("link set envd{number} up")));
     (unshare, number)
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One envd as an ordinary process of a Debian machine of its own: envd.sh TREE DIR ENVD ADDRESS GATEWAY
+# One envd as an ordinary process of a Debian machine of its own: envd.sh TREE DIR ENVD
 # Runs as pid 1 of new network, mount and pid namespaces; everything in them ends with it, and it ends with its input.
 # TREE, the default template's root file system, is read-only and shared; what may be written is below DIR.
 set -euo pipefail
-tree=$1 dir=$2 envd=$3 address=$4 gateway=$5
+tree=$1 dir=$2 envd=$3
 root=$dir/machine
 mkdir -p "$root"
 mount --bind "$tree" "$root"
@@ -20,7 +20,7 @@ mount -t tmpfs -o size=1m,mode=1777 small "$root/mnt"
 install -m 0755 "$envd" "$root/opt/envd"
 
 echo ready
-read -r _   # the other end of the link is there
+read -r address gateway   # the link to the machine is there
 ip link set lo up
 ip address add "$address/30" dev eth0
 ip link set eth0 up

@@ -1,17 +1,12 @@
 //! `wrenn agent` and `wrenn control` as two processes, so that one of them can die while the other lives.
 
-use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::up::{Api, Options, Up, program};
-
-/// How long one of them may take to say that it listens.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running agent and a running control plane, each of which can be killed and started again.
 pub struct Split {
@@ -27,7 +22,7 @@ impl Split {
     pub fn start() -> Self {
         let dir = TempDir::with_prefix("wrenn-test-").unwrap();
         let path = dir.path();
-        let mut agent = Process::new("agent", path, ["--dir".into(), path.display().to_string()]);
+        let mut agent = Process::new("agent", ["--dir".into(), path.display().to_string()]);
         let address = agent.start("agent listens on ", "127.0.0.1:0");
         let database = ["--database-url".to_owned(), format!("sqlite://{}?mode=rwc", path.join("wrenn.db").display())];
         let at = ["--agent".to_owned(), format!("http://{address}")];
@@ -39,7 +34,7 @@ impl Split {
             .unwrap();
         assert!(issued.status.success(), "{}", String::from_utf8_lossy(&issued.stderr));
         let key = String::from_utf8(issued.stdout).unwrap().trim().to_owned();
-        let mut control = Process::new("control", path, [database, at].concat());
+        let mut control = Process::new("control", [database, at].concat());
         let address = control.start("API listens on ", "127.0.0.1:0");
         Self { agent, control, api: Api::new(format!("http://{address}"), key), dir: Some(dir) }
     }
@@ -78,34 +73,33 @@ impl Drop for Split {
 struct Process {
     verb: &'static str,
     args: Vec<String>,
-    log: PathBuf,
     child: Option<Child>,
     /// What it says before its address, and the address.
     serving: Option<(String, String)>,
 }
 
 impl Process {
-    fn new(verb: &'static str, dir: &Path, args: impl Into<Vec<String>>) -> Self {
-        Self { verb, args: args.into(), log: dir.join(format!("{verb}.log")), child: None, serving: None }
+    fn new(verb: &'static str, args: impl Into<Vec<String>>) -> Self {
+        Self { verb, args: args.into(), child: None, serving: None }
     }
 
     /// Starts it on `listen`; the address that it says it has.
     fn start(&mut self, says: &str, listen: &str) -> String {
-        let log = File::create(&self.log).unwrap();
-        let append = OpenOptions::new().append(true).open(&self.log).unwrap();
         let mut command = Command::new(program("wrenn"));
         command.arg(self.verb).args(&self.args).args(["--listen", listen]).env_remove("DATABASE_URL");
-        self.child = Some(command.stdin(Stdio::null()).stdout(log).stderr(append).spawn().unwrap());
-        let limit = Instant::now() + PATIENCE;
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        self.child = Some(child);
         let address = loop {
-            let said = std::fs::read_to_string(&self.log).unwrap();
-            let address = said.split_once(says).and_then(|(_, rest)| rest.split_once('\n'));
-            if let Some((address, _)) = address {
-                break address.trim().to_owned();
+            let mut line = String::new();
+            assert_ne!(said.read_line(&mut line).unwrap(), 0, "`wrenn {}` ended before it served", self.verb);
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            if let Some(address) = line.trim().strip_prefix(says) {
+                break address.to_owned();
             }
-            assert!(Instant::now() < limit, "`wrenn {}` does not serve: {said}", self.verb);
-            std::thread::sleep(Duration::from_millis(20));
         };
+        // What it says later belongs to the test's output too.
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::stderr()));
         self.serving = Some((says.to_owned(), address.clone()));
         address
     }

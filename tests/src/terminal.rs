@@ -1,5 +1,7 @@
 //! A client of one WebSocket of the API: what it is told, and what a screen would show of it.
 
+use std::time::Duration;
+
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
@@ -8,6 +10,9 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::Api;
+
+/// Patience for what should come soon: what does not come is told with what came in its place.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An open terminal or command stream.
 pub struct Terminal {
@@ -66,8 +71,8 @@ impl Terminal {
                 self.shown.drain(..at + text.len());
                 return;
             }
-            let message = self.next().await;
-            assert!(message.is_some(), "no {text:?} in {:?}", String::from_utf8_lossy(&self.shown));
+            let more = tokio::time::timeout(PATIENCE, self.next()).await.is_ok_and(|message| message.is_some());
+            assert!(more, "no {text:?} in {:?}", String::from_utf8_lossy(&self.shown));
         }
     }
 
@@ -79,7 +84,8 @@ impl Terminal {
             if is(&rows) {
                 return;
             }
-            assert!(self.next().await.is_some(), "no {what} on {rows:#?}");
+            let more = tokio::time::timeout(PATIENCE, self.next()).await.is_ok_and(|message| message.is_some());
+            assert!(more, "no {what} on {rows:#?}");
         }
     }
 

@@ -115,6 +115,13 @@ impl Deref for Up {
 }
 
 impl Api {
+    /// The command, as a user of this one.
+    pub fn wrenn(&self) -> Command {
+        let mut command = Command::new(program("wrenn"));
+        command.env("WRENN_BASE_URL", &self.url).env("WRENN_API_KEY", &self.key);
+        command
+    }
+
     pub(crate) fn new(url: String, key: String) -> Self {
         Self { url, key, http: reqwest::Client::new() }
     }

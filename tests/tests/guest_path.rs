@@ -172,10 +172,13 @@ async fn a_gibibyte_up_and_down() {
 async fn a_directory_of_a_hundred_thousand() {
     let envd = Envd::start().await;
     output(&envd, "mkdir /tmp/many && cd /tmp/many && seq -f entry-%06.0f 100000 | xargs touch").await;
-    let files =
-        guest_api::filesystem::FilesystemClient::new(connectrpc::client::HttpClient::plaintext(), envd.config());
+    let files = guest_api::filesystem::FilesystemClient::new(
+        connectrpc::client::HttpClient::plaintext(),
+        envd.config().with_default_max_message_size(64 << 20).with_default_element_memory_limit(256 << 20),
+    );
     let mut memory = 0;
-    for round in 0..3 {
+    // The first rounds are for the allocator, which has a place of its own for each of envd's threads.
+    for round in 0..12 {
         let request = guest_api::filesystem::ListDirRequest { path: "/tmp/many".to_owned(), ..Default::default() };
         let listed = files.list_dir(request).await.unwrap().into_owned();
         assert_eq!(listed.entries.len(), 100_000);
@@ -183,7 +186,7 @@ async fn a_directory_of_a_hundred_thousand() {
             assert_eq!((&entry.name, entry.owner.as_str()), (&format!("entry-{number:06}"), "user"));
         }
         match round {
-            0 => memory = envd.memory(),
+            0..6 => memory = memory.max(envd.memory()),
             _ => assert!(envd.memory() < memory + FLAT, "from {memory} to {} bytes", envd.memory()),
         }
     }
@@ -201,8 +204,8 @@ async fn an_editor_and_top_on_the_screen() {
     let up = Up::start();
     let id = up.create().await;
     let mut vi =
-        terminal(&up, &id, json!({"type": "start", "cmd": "vi", "args": ["/root/text"], "cols": 80, "rows": 24})).await;
-    vi.screen("empty file", |rows| rows[1].starts_with('~') && rows[23].contains("/root/text")).await;
+        terminal(&up, &id, json!({"type": "start", "cmd": "vi", "args": ["/tmp/text"], "cols": 80, "rows": 24})).await;
+    vi.screen("empty file", |rows| rows[1].starts_with('~') && rows[23].contains("/tmp/text")).await;
     vi.write("ifirst\rsecond").await;
     vi.screen("text", |rows| rows[0].trim_end() == "first" && rows[1].trim_end() == "second").await;
     vi.write("\x1b").await;
@@ -213,7 +216,7 @@ async fn an_editor_and_top_on_the_screen() {
     vi.screen("lines changed places", |rows| rows[0].trim_end() == "second" && rows[1].trim_end() == "first").await;
     vi.write(":wq\r").await;
     assert_eq!(vi.told().await.unwrap(), json!({"type": "exit", "exit_code": 0}));
-    assert_eq!(up.output(&id, "cat /root/text").await, "second\nfirst");
+    assert_eq!(up.output(&id, "cat /tmp/text").await, "second\nfirst");
 
     let hello = json!({"type": "start", "cmd": "top", "args": ["-d", "0.5"], "envs": {"TERM": "xterm-256color"}, "cols": 100, "rows": 30});
     let mut top = terminal(&up, &id, hello).await;

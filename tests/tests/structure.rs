@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("wrenn", &["agent", "agent-api", "api", "control", "pager", "vmm"]),
     ("testkit", &["agent-api", "api", "guest-api", "proxy"]),
     ("end-to-end", &["agent-api", "api", "guest-api", "testkit"]),
-    ("benches", &["agent", "agent-api", "api", "testkit", "vmm", "network", "disk", "pager", "snapshot"]),
+    ("benches", &["agent", "agent-api", "api", "guest-api", "testkit", "vmm", "network", "disk", "pager", "snapshot"]),
 ];
 
 /// Foreign crates that a pure crate may not use: each would bring IO or a clock.

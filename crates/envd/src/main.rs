@@ -36,6 +36,7 @@ enum Error {
 }
 
 fn main() -> ExitCode {
+    envd::sys::memory::keep_little();
     let is_init = rustix::process::getpid().is_init();
     let command = match parse(std::env::args().skip(1)) {
         Ok(command) => command,

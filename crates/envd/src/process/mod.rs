@@ -229,6 +229,8 @@ impl Process {
             let input = self.input.lock().await;
             let input = input.as_ref().ok_or(InputError::Closed)?;
             input.write_all(data).await.map_err(|error| match error.kind() {
+                // Nobody has the terminal any more: its process is ending.
+                io::ErrorKind::BrokenPipe if self.terminal.is_some() => InputError::Ended,
                 io::ErrorKind::BrokenPipe => InputError::Closed,
                 _ => InputError::Write(error),
             })

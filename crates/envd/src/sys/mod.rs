@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod freeze;
+pub mod memory;
 pub mod net;
 pub mod poll;
 pub mod random;
