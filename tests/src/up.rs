@@ -1,6 +1,7 @@
 //! A `wrenn up` for one test: its own directory, port and key, and a client for its API.
 
 use std::io::{BufRead, BufReader};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -32,7 +33,14 @@ pub struct Up {
     dir: TempDir,
     options: Options,
     child: Child,
-    ready: Ready,
+    pid: i32,
+    api: Api,
+}
+
+/// A client of one control plane.
+pub struct Api {
+    url: String,
+    key: String,
     http: reqwest::Client,
 }
 
@@ -52,9 +60,13 @@ impl Up {
 
     /// Starts one in a new directory, with `options`.
     pub fn with(options: Options) -> Self {
-        let dir = TempDir::with_prefix("wrenn-test-").unwrap();
+        Self::inside(TempDir::with_prefix("wrenn-test-").unwrap(), options)
+    }
+
+    /// Starts one in a directory that may have been another's, which it removes at its end.
+    pub(crate) fn inside(dir: TempDir, options: Options) -> Self {
         let (child, ready) = spawn(dir.path(), &options);
-        Self { dir, options, child, ready, http: reqwest::Client::new() }
+        Self { dir, options, child, pid: ready.pid, api: Api::new(ready.url, ready.api_key) }
     }
 
     /// Kills it without warning.
@@ -65,25 +77,16 @@ impl Up {
 
     /// Starts it again in the same directory.
     pub fn restart(&mut self) {
-        (self.child, self.ready) = spawn(self.dir.path(), &self.options);
+        let (child, ready) = spawn(self.dir.path(), &self.options);
+        (self.child, self.pid, self.api) = (child, ready.pid, Api::new(ready.url, ready.api_key));
     }
 
     /// Sends what ctrl-C sends and waits; true when it ended as it should.
     pub fn stop(&mut self) -> bool {
-        let pid = Pid::from_raw(self.ready.pid).unwrap();
+        let pid = Pid::from_raw(self.pid).unwrap();
         // Already gone is fine: the status tells.
         let _ = kill_process(pid, Signal::INT);
         self.child.wait().unwrap().success()
-    }
-
-    /// Where its API is.
-    pub fn url(&self) -> &str {
-        &self.ready.url
-    }
-
-    /// A key for it.
-    pub fn api_key(&self) -> &str {
-        &self.ready.api_key
     }
 
     /// Its data directory.
@@ -101,11 +104,41 @@ impl Up {
     pub fn directories(&self) -> usize {
         std::fs::read_dir(self.capsules()).unwrap().count()
     }
+}
+
+impl Deref for Up {
+    type Target = Api;
+
+    fn deref(&self) -> &Api {
+        &self.api
+    }
+}
+
+impl Api {
+    /// The command, as a user of this one.
+    pub fn wrenn(&self) -> Command {
+        let mut command = Command::new(program("wrenn"));
+        command.env("WRENN_BASE_URL", &self.url).env("WRENN_API_KEY", &self.key);
+        command
+    }
+
+    pub(crate) fn new(url: String, key: String) -> Self {
+        Self { url, key, http: reqwest::Client::new() }
+    }
+
+    /// Where its API is.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A key for it.
+    pub fn api_key(&self) -> &str {
+        &self.key
+    }
 
     /// A request with the key; the status and the JSON body (null when empty).
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
-        let mut request =
-            self.http.request(method, format!("{}{path}", self.ready.url)).header("X-API-Key", &self.ready.api_key);
+        let mut request = self.http.request(method, format!("{}{path}", self.url)).header("X-API-Key", &self.key);
         if let Some(body) = body {
             request = request.json(&body);
         }
@@ -134,6 +167,14 @@ impl Up {
         let (status, answer) = self.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
         assert_eq!(status, 200, "{command}: {answer}");
         answer
+    }
+
+    /// The bytes of a file in a capsule.
+    pub async fn read(&self, id: &str, path: &str) -> Vec<u8> {
+        let request = self.http.post(format!("{}/v1/capsules/{id}/files/stream/read", self.url));
+        let response = request.header("X-API-Key", &self.key).json(&json!({"path": path})).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.bytes().await.unwrap().to_vec()
     }
 
     /// Runs a command that must succeed; its standard output without the last newline.

@@ -6,13 +6,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use api::CapsuleId;
-use connectrpc::CompressionRegistry;
-use connectrpc::ConnectError;
 use connectrpc::client::{BoxFuture, ClientBody, ClientConfig, ClientTransport};
+use connectrpc::{CompressionRegistry, ConnectError, ErrorCode};
+use guest_api::HttpError;
 use guest_api::filesystem::FilesystemClient;
 use guest_api::process::ProcessClient;
 use http::uri::PathAndQuery;
-use http::{Request, Response, Uri};
+use http::{Request, Response, StatusCode, Uri};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::Client;
@@ -34,6 +35,8 @@ pub const REFUSAL_HEADER: &str = "x-wrenn-refusal";
 
 /// An agent that does not take a connection for this long is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes of an answer that is an error.
+const ERROR_BYTES: usize = 64 << 10;
 /// Shorter than what agents keep an idle connection, so that we close first.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -71,7 +74,8 @@ impl Transport {
         FilesystemClient::new(self.clone(), self.config(&format!("/guest/{capsule}")))
     }
 
-    /// Sends a plain HTTP request to a capsule's envd, under the path and query it has.
+    /// Sends a plain HTTP request to a capsule's envd, under the path and query it has. What is no success becomes the error
+    /// that an RPC would have given.
     pub async fn send_to_guest(
         &self,
         capsule: CapsuleId,
@@ -79,13 +83,37 @@ impl Transport {
     ) -> Result<Response<Incoming>, ConnectError> {
         let path = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
         *request.uri_mut() = self.endpoint.base(&format!("/guest/{capsule}{path}"));
-        self.send(request).await
+        let response = self.send(request).await?;
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
     }
 
     fn config(&self, path: &str) -> ClientConfig {
         // Compression would only cost time between two processes of one machine or one rack.
         ClientConfig::new(self.endpoint.base(path)).with_compression(CompressionRegistry::new())
     }
+}
+
+/// What envd, or the agent before it, has against a plain request.
+async fn refusal(response: Response<Incoming>) -> ConnectError {
+    let (parts, body) = response.into_parts();
+    let bytes = Limited::new(body, ERROR_BYTES).collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let message = serde_json::from_slice(&bytes).map(|error: HttpError| error.message);
+    let code = match parts.status {
+        StatusCode::NOT_FOUND => ErrorCode::NotFound,
+        StatusCode::BAD_REQUEST | StatusCode::REQUEST_TIMEOUT => ErrorCode::InvalidArgument,
+        StatusCode::FORBIDDEN => ErrorCode::PermissionDenied,
+        StatusCode::INSUFFICIENT_STORAGE => ErrorCode::ResourceExhausted,
+        StatusCode::SERVICE_UNAVAILABLE => ErrorCode::Unavailable,
+        _ => ErrorCode::Internal,
+    };
+    let message = match parts.status {
+        // In the words in which an RPC tells it.
+        StatusCode::INSUFFICIENT_STORAGE => "no space left on device".to_owned(),
+        status => message.unwrap_or_else(|_| format!("the guest answers {status}")),
+    };
+    let mut error = ConnectError::new(code, message);
+    error.set_response_headers(parts.headers);
+    error
 }
 
 impl ClientTransport for Transport {

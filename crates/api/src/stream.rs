@@ -1,8 +1,10 @@
 //! A command in a capsule, followed as it runs: the text messages of its WebSocket.
 
 use std::collections::BTreeMap;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::error::ErrorCode;
 use crate::exec::{Exec, ExecSpec};
@@ -44,7 +46,7 @@ pub struct Start {
 }
 
 /// How a client wants to get output.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum Encoding {
     /// As text: characters are never cut, and what is not UTF-8 becomes U+FFFD.
     #[default]
@@ -53,6 +55,18 @@ pub enum Encoding {
     /// In base64: byte for byte.
     #[serde(rename = "base64")]
     Base64,
+}
+
+impl FromStr for Encoding {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "utf-8" => Ok(Self::Utf8),
+            "base64" => Ok(Self::Base64),
+            _ => Err(Invalid::new("encoding", "must be utf-8 or base64")),
+        }
+    }
 }
 
 /// What the server says.
@@ -125,6 +139,15 @@ mod tests {
         ] {
             assert_eq!(start(text).validate().unwrap_err().field, field);
         }
+    }
+
+    #[test]
+    fn an_encoding_is_named_in_a_query_as_in_a_message() {
+        for encoding in [Encoding::Utf8, Encoding::Base64] {
+            let name = serde_json::to_value(encoding).unwrap();
+            assert_eq!(name.as_str().unwrap().parse(), Ok(encoding));
+        }
+        assert_eq!("latin1".parse::<Encoding>().unwrap_err().field, "encoding");
     }
 
     #[test]

@@ -1,33 +1,48 @@
 //! The HTTP server: plain endpoints, the Connect services, and the token check in front of both.
 
+use crate::cgroup::Cgroups;
+use crate::control::{self, INIT};
 use crate::files::http as files;
 use crate::metrics::Metrics;
-use crate::settings::{Applied, Settings};
-use crate::{VERSION, clock, filesystem, process};
-use axum::body::Bytes;
+use crate::mmds::Mmds;
+use crate::reaper::Reaper;
+use crate::settings::Settings;
+use crate::{VERSION, filesystem, process};
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use connectrpc::{CompressionPolicy, ConnectRpcService, Limits};
-use guest_api::{ACCESS_TOKEN_HEADER, Health, HttpError, Init, VERSION_HEADER};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, HttpError};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
+use tower_http::cors::{Any, CorsLayer};
 
 /// The largest Connect message: what a caller may send as input at once. Bytes.
 const MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// How long, and how much of, a request's body is read that is refused whatever it says.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+const REFUSED_BYTES: usize = 64 * 1024;
 const HEALTH: &str = "/health";
-const INIT: &str = "/init";
+/// How long a browser may remember that it may call.
+const PREFLIGHT: Duration = Duration::from_secs(7200);
 
 /// What the endpoints share.
 #[derive(Clone)]
 pub struct Context {
     pub settings: Arc<Settings>,
     pub metrics: Arc<Metrics>,
-    /// envd is init, and the machine's clock is its to set.
-    pub owns_clock: bool,
+    pub mmds: Arc<Mmds>,
+    pub cgroups: Arc<Cgroups>,
+    pub reaper: Arc<Reaper>,
+    /// envd is init: the machine's clock, names, connections and processes are its to change.
+    pub is_init: bool,
+    /// `/init` and what belongs to it, one at a time.
+    pub turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The whole server as one router.
@@ -40,7 +55,7 @@ pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service,
         ConnectRpcService::new(services).with_compression_policy(CompressionPolicy::disabled()).with_limits(limits);
     Router::new()
         .route(HEALTH, get(health))
-        .route(INIT, post(init))
+        .merge(control::routes())
         .route("/envs", get(envs))
         .route("/metrics", get(metrics))
         .merge(files::router(Arc::clone(&context.settings), files::IDLE))
@@ -49,7 +64,15 @@ pub fn router(processes: process::rpc::Service, files: filesystem::rpc::Service,
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not found") })
         .method_not_allowed_fallback(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed") })
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&context.settings), authenticate))
+        // Outside of the token, which a browser's preflight does not carry.
+        .layer(cors())
         .with_state(context)
+}
+
+/// Any page may call; what it may do is the token's matter.
+fn cors() -> CorsLayer {
+    let layer = CorsLayer::new().allow_origin(Any).allow_methods(Any).allow_headers(Any).expose_headers(Any);
+    layer.max_age(PREFLIGHT)
 }
 
 /// Once a token is set, everything needs it but the paths that must work without, and the one that checks for itself.
@@ -62,6 +85,8 @@ async fn authenticate(State(settings): State<Arc<Settings>>, request: Request, n
     if open || settings.admits(token) {
         next.run(request).await
     } else {
+        // A caller still busy sending would see a broken connection in place of the answer.
+        let _ = tokio::time::timeout(REFUSED_FOR, axum::body::to_bytes(request.into_body(), REFUSED_BYTES)).await;
         error(StatusCode::UNAUTHORIZED, "missing or wrong access token")
     }
 }
@@ -81,36 +106,11 @@ async fn metrics(State(context): State<Context>) -> Response {
     }
 }
 
-/// The body is JSON whatever its content type says; none at all changes nothing.
-async fn init(State(context): State<Context>, body: Bytes) -> Response {
-    let init = match body.as_ref() {
-        [] => Init::default(),
-        body => match serde_json::from_slice::<Init>(body) {
-            Ok(init) => init,
-            Err(reason) => return error(StatusCode::BAD_REQUEST, &format!("invalid body: {reason}")),
-        },
-    };
-    let timestamp = init.timestamp;
-    match context.settings.apply(init) {
-        Err(refused) => return error(StatusCode::UNAUTHORIZED, &refused.to_string()),
-        Ok(Applied::Stale) => {}
-        Ok(Applied::Yes) => {
-            if let Some(host) = timestamp.filter(|_| context.owns_clock)
-                && let Err(failure) = clock::follow(host)
-            {
-                return error(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot set the clock: {failure}"));
-            }
-        }
-    }
-    let version = [(HeaderName::from_static(VERSION_HEADER), HeaderValue::from_static(VERSION))];
-    no_store((StatusCode::NO_CONTENT, version))
-}
-
-fn no_store(response: impl IntoResponse) -> Response {
+pub(crate) fn no_store(response: impl IntoResponse) -> Response {
     ([(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))], response).into_response()
 }
 
-fn error(status: StatusCode, message: &str) -> Response {
+pub(crate) fn error(status: StatusCode, message: &str) -> Response {
     (status, Json(HttpError { code: status.as_u16(), message: message.to_owned() })).into_response()
 }
 
@@ -121,5 +121,5 @@ pub async fn serve(listener: tokio::net::TcpListener, router: Router) -> std::io
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
     });
-    axum::serve(listener, router).await
+    axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>()).await
 }

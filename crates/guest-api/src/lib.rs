@@ -32,8 +32,26 @@ pub struct Health {
 
 /// Body of `POST /init`, which gives a started or resumed guest what only the host knows. Idempotent.
 ///
-/// Answers: 204; 401 when a token is set already and `access_token` is not the same; 400 for a body that does not parse.
-/// Absent fields leave the guest as it is. Unknown fields (E2B sends `hyperloopIP`, `volumeMounts` and others) are ignored.
+/// Answers: 204 without `restore`, and 200 with [`Restored`] where there is one; 401 when the caller may not set
+/// `access_token`; 400 for a body that does not parse. Absent fields leave the guest as it is. Unknown fields (E2B sends
+/// `hyperloopIP`, `volumeMounts` and others) are ignored. Whatever was frozen is thawed.
+///
+/// A token may be set by whoever has the one in force, as `access_token` again or in [`ACCESS_TOKEN_HEADER`]; whose
+/// token's SHA-512 the host has put into the metadata service as `accessTokenHash`; and, where the host has put none
+/// there, by the first to come.
+///
+/// # Pausing and restoring
+///
+/// 1. Before a pause, `POST /snapshot/prepare` writes all file systems; 204 when that is done. Nothing is stopped by it,
+///    so a pause that is given up needs no undoing.
+/// 2. `POST /freeze` may follow: then no process of a user runs between the restore and the end of step 4, and none sees
+///    its twin's randomness or an old clock. A pause that is given up then needs `POST /unfreeze`, as does the parent of a
+///    fork, which goes on without a restore.
+/// 3. The VM is paused, snapshotted, and loaded elsewhere or later.
+/// 4. `POST /init` with `restore` is the first request to the restored guest, and carries the old token in
+///    [`ACCESS_TOKEN_HEADER`] where it sets a new one. Every connection of before is gone after it; one that was opened
+///    since goes too unless it carries this request.
+/// 5. Only the answer 200 with `rng_reseeded` says that the guest is nobody's twin. Anything else: do not let it run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Init {
@@ -53,6 +71,53 @@ pub struct Init {
     /// an older time than the newest one seen changes nothing.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "timestamp::deserialize")]
     pub timestamp: Option<f64>,
+    /// The guest wakes from a snapshot. Needs `timestamp`, which is then never too old.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restore: Option<Restore>,
+}
+
+/// What a guest that wakes from a snapshot has to renew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Restore {
+    /// What the snapshot is to this guest.
+    pub kind: RestoreKind,
+    /// Fresh random bytes of the host, 32 to 512 of them in base64.
+    pub entropy: String,
+    /// A new name for a fork: letters, digits, `-` and `.`, at most 64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// A fork's machine id, 32 hexadecimal digits; random where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+}
+
+/// What a snapshot is to the guest that wakes from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RestoreKind {
+    /// Its own pause: it keeps its identity.
+    Resume,
+    /// Another's past: it gets an identity of its own. Template starts are forks.
+    Fork,
+}
+
+/// Answer of `POST /init` with `restore`: what was done. Whatever failed made the answer a 500 instead.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Restored {
+    /// The host's clock less the guest's as the request came in, in seconds. Within 50 ms it is left alone.
+    pub clock_offset: f64,
+    /// The kernel's generator starts from the host's entropy.
+    pub rng_reseeded: bool,
+    /// TCP connections with others than the guest itself that were ended. `None`: this kernel cannot.
+    pub connections_closed: Option<u32>,
+    /// A fork's new machine id.
+    pub machine_id: Option<String>,
+    /// A fork's new name.
+    pub hostname: Option<String>,
+    /// The SSH host keys of before are gone; new ones are being made.
+    pub ssh_host_keys_removed: bool,
 }
 
 /// One file that `POST /files` wrote; its answer is an array of these. `POST /files/compose` answers with one alone.
@@ -152,9 +217,13 @@ mod tests {
             default_workdir: Some("/w".into()),
             env_vars: Some([("A".to_owned(), "1".to_owned())].into()),
             timestamp: None,
+            restore: None,
         };
         assert_eq!(init(body), expected);
         assert_eq!(init("{}"), Init::default());
+        let restore = init(r#"{"restore":{"kind":"fork","entropy":"AAAA","machineId":"0"}}"#).restore.unwrap();
+        assert_eq!((restore.kind, restore.machine_id.as_deref()), (RestoreKind::Fork, Some("0")));
+        assert!(serde_json::from_str::<Init>(r#"{"restore":{"kind":"copy","entropy":""}}"#).is_err());
         assert_eq!(serde_json::to_string(&Init::default()).unwrap(), "{}");
         let text = serde_json::to_string(&expected).unwrap();
         assert_eq!(init(&text), expected);

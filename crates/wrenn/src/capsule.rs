@@ -1,10 +1,16 @@
 //! `wrenn capsule`: capsules over the REST API.
 
+mod cp;
 mod create;
 mod exec;
+mod follow;
+mod kill;
 mod list;
+mod logs;
+mod ps;
 mod rm;
 mod shell;
+mod stdio;
 
 use std::process::ExitCode;
 
@@ -32,13 +38,19 @@ enum Verb {
     List(list::List),
     Exec(exec::Exec),
     Shell(shell::Shell),
+    Cp(cp::Cp),
+    Ps(ps::Ps),
+    Kill(kill::Kill),
+    Logs(logs::Logs),
     Rm(rm::Rm),
 }
 
 impl CapsuleCommand {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         let client = match self.server.client() {
-            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_)) => return Ok(exec::not_run(&error)),
+            Err(error) if matches!(self.verb, Verb::Exec(_) | Verb::Shell(_) | Verb::Logs(_)) => {
+                return Ok(exec::not_run(&error));
+            }
             client => client?,
         };
         match self.verb {
@@ -46,6 +58,10 @@ impl CapsuleCommand {
             Verb::List(list) => list.run(&client, self.json).await,
             Verb::Exec(exec) => exec.run(&client, self.json).await,
             Verb::Shell(shell) => Ok(shell.run(&client).await),
+            Verb::Cp(cp) => cp.run(&client).await,
+            Verb::Ps(ps) => ps.run(&client, self.json).await,
+            Verb::Kill(kill) => kill.run(&client).await,
+            Verb::Logs(logs) => logs.run(&client).await,
             Verb::Rm(rm) => rm.run(&client, self.json).await,
         }
     }
@@ -89,6 +105,8 @@ mod tests {
         assert!(!parses(&["exec", ID, "--timeout", "0", "env"]));
         assert!(!parses(&["exec", ID, "--timeout", "5", "--background", "env"]));
         assert!(!parses(&["exec", "cl-1", "env"]));
+        assert!(parses(&["exec", "-it", ID, "vim", "-R", "x"]) && parses(&["exec", "-i", ID, "cat"]));
+        assert!(!parses(&["exec", "-it", "--background", ID, "vim"]) && !parses(&["exec", "--json", "-i", ID, "cat"]));
     }
 
     #[test]
@@ -112,6 +130,9 @@ mod tests {
         assert!(!parses(&["shell"]) && !parses(&["shell", ID, "top"]));
         assert!(parses(&["rm", ID, ID]));
         assert!(!parses(&["rm"]));
+        assert!(parses(&["cp", "-", &format!("{ID}:/x")]) && !parses(&["cp", "a"]) && !parses(&["cp", "cl-1:/x", "a"]));
+        assert!(parses(&["kill", ID, "7", "tag", "-s", "SIGTERM"]) && !parses(&["kill", ID, "7", "-s", "TERM"]));
+        assert!(parses(&["logs", "-f", ID, "7"]) && !parses(&["logs", ID]) && parses(&["ps", ID]));
         // 2^128, which is no id.
         assert!(!parses(&["rm", "cl-f5lxx1zz5pnorynqglhzmsp34"]));
         assert_eq!(pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));

@@ -10,6 +10,7 @@ pub mod control;
 pub mod current;
 pub mod doctor;
 pub mod images;
+pub mod pager;
 pub mod rest;
 pub mod terminal;
 pub mod up;
@@ -18,7 +19,9 @@ pub mod vmm_choice;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use tokio::runtime::Runtime;
 
 /// Runs untrusted code in microVMs.
 #[derive(Debug, Parser)]
@@ -35,25 +38,33 @@ enum Command {
     Control(control::ControlCommand),
     Capsule(capsule::CapsuleCommand),
     Doctor(doctor::Doctor),
+    #[command(hide = true)]
+    Pager(pager::PagerCommand),
     Completions(completions::Completions),
 }
 
 impl Wrenn {
     /// Runs the command, tells what went wrong on standard error, and gives the code to exit with.
-    pub async fn run(self) -> ExitCode {
+    pub fn run(self) -> ExitCode {
         let result = match self.command {
-            Command::Up(command) => command.run().await,
-            Command::Agent(command) => command.run().await,
-            Command::Control(command) => command.run().await,
-            Command::Capsule(command) => command.run().await,
-            Command::Doctor(command) => command.run().await,
+            Command::Up(command) => in_runtime(command.run()),
+            Command::Agent(command) => in_runtime(command.run()),
+            Command::Control(command) => in_runtime(command.run()),
+            Command::Capsule(command) => in_runtime(command.run()),
+            Command::Doctor(command) => in_runtime(command.run()),
             Command::Completions(command) => command.run(),
+            // One runs beside every resumed capsule, with no more threads than it needs.
+            Command::Pager(command) => command.run(),
         };
         result.unwrap_or_else(|error| {
             terminal::error(&error);
             ExitCode::FAILURE
         })
     }
+}
+
+fn in_runtime(command: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
+    Runtime::new().context("starting the runtime")?.block_on(command)
 }
 
 /// A program that was installed in the same directory as this one.

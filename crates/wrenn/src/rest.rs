@@ -3,10 +3,15 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use api::{Capsule, CapsuleId, CreateCapsule, ErrorBody, ErrorCode, Exec, ExecResult, ExecStarted};
+use api::{
+    Capsule, CapsuleId, CreateCapsule, Depth, DirectoryEntries, ErrorBody, ErrorCode, ErrorDetail, Exec, ExecResult,
+    ExecStarted, FilePath, ProcessList, Signal,
+};
 use clap::Args;
+use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
 use reqwest::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
-use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded};
+use reqwest::multipart::{Form, Part};
+use reqwest::{Body, Method, RequestBuilder, Response, StatusCode, Upgraded};
 use serde::de::DeserializeOwned;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
@@ -67,11 +72,20 @@ fn resolve(url: Option<&str>, api_key: Option<&str>, current: Option<Current>) -
     Ok((url.or(here_url).unwrap_or_else(|| DEFAULT_URL.to_owned()), api_key))
 }
 
+/// A WebSocket to the server.
+pub type Socket = WebSocketStream<Upgraded>;
+
 /// The server's refusal, in its own words.
 #[derive(Debug)]
 pub struct Refused {
     pub code: ErrorCode,
     message: String,
+}
+
+impl From<ErrorDetail> for Refused {
+    fn from(ErrorDetail { code, message }: ErrorDetail) -> Self {
+        Self { code, message }
+    }
 }
 
 impl std::fmt::Display for Refused {
@@ -118,12 +132,59 @@ impl Client {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/exec")).json(exec).timeout(CALL_LIMIT)).await
     }
 
-    /// Opens a WebSocket to a terminal. It goes through the same HTTP client as all else, so that it trusts the same
-    /// certificates, takes the same proxies, and is refused in the same words.
-    pub async fn pty(&self, id: CapsuleId) -> Result<WebSocketStream<Upgraded>> {
+    /// What runs in the capsule.
+    pub async fn processes(&self, id: CapsuleId) -> Result<ProcessList> {
+        self.read(self.request(Method::GET, &format!("/v1/capsules/{id}/processes")).timeout(CALL_LIMIT)).await
+    }
+
+    /// Ends a process, named by its pid or tag.
+    pub async fn kill(&self, id: CapsuleId, process: &str, signal: Signal) -> Result<()> {
+        let request = self.request(Method::DELETE, &format!("/v1/capsules/{id}/processes/{}", escaped(process)));
+        self.send(request.query(&[("signal", signal)]).timeout(CALL_LIMIT)).await.map(drop)
+    }
+
+    /// What is in a directory, one level deep.
+    pub async fn list_directory(&self, id: CapsuleId, path: &str) -> Result<DirectoryEntries> {
+        let body = Depth { path: path.to_owned(), depth: None };
+        let request = self.request(Method::POST, &format!("/v1/capsules/{id}/files/list")).json(&body);
+        self.read(request.timeout(CALL_LIMIT)).await
+    }
+
+    /// Makes or replaces a file, from a body of any length, at the pace of whoever is slowest.
+    pub async fn upload(&self, id: CapsuleId, path: &str, body: Body) -> Result<()> {
+        // The path must come first: the server writes what follows as it comes.
+        let form = Form::new().text("path", path.to_owned()).part("file", Part::stream(body).file_name("upload"));
+        let request = self.request(Method::POST, &format!("/v1/capsules/{id}/files/stream/write"));
+        self.send(request.multipart(form)).await.map(drop)
+    }
+
+    /// A file's content as it comes.
+    pub async fn download(&self, id: CapsuleId, path: &str) -> Result<Response> {
+        let body = FilePath { path: path.to_owned() };
+        self.send(self.request(Method::POST, &format!("/v1/capsules/{id}/files/stream/read")).json(&body)).await
+    }
+
+    /// Opens a WebSocket to a terminal.
+    pub async fn pty(&self, id: CapsuleId) -> Result<Socket> {
+        self.socket(&format!("/v1/capsules/{id}/pty")).await
+    }
+
+    /// Opens a WebSocket to a command that is to be run.
+    pub async fn exec_stream(&self, id: CapsuleId) -> Result<Socket> {
+        self.socket(&format!("/v1/capsules/{id}/exec/stream")).await
+    }
+
+    /// Opens a WebSocket to what a process writes, byte for byte.
+    pub async fn process_stream(&self, id: CapsuleId, process: &str) -> Result<Socket> {
+        self.socket(&format!("/v1/capsules/{id}/processes/{}/stream?encoding=base64", escaped(process))).await
+    }
+
+    /// Opens a WebSocket. It goes through the same HTTP client as all else, so that it trusts the same certificates,
+    /// takes the same proxies, and is refused in the same words.
+    async fn socket(&self, path: &str) -> Result<Socket> {
         let key = generate_key();
         let request = self
-            .request(Method::GET, &format!("/v1/capsules/{id}/pty"))
+            .request(Method::GET, path)
             .header(CONNECTION, "Upgrade")
             .header(UPGRADE, "websocket")
             .header(SEC_WEBSOCKET_VERSION, "13")
@@ -158,10 +219,15 @@ impl Client {
         }
         let body = answer.bytes().await.unwrap_or_default();
         match serde_json::from_slice::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) => Err(Refused { code: error.code, message: error.message }.into()),
+            Ok(ErrorBody { error }) => Err(Refused::from(error).into()),
             Err(_) => bail!("{} answered {status}, and not as a Wrenn server does", self.url),
         }
     }
+}
+
+/// `text` as one segment of a path.
+fn escaped(text: &str) -> PercentEncode<'_> {
+    percent_encoding::utf8_percent_encode(text, NON_ALPHANUMERIC)
 }
 
 #[cfg(test)]

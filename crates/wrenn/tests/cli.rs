@@ -2,16 +2,20 @@
 //!
 //! The server is a stand-in with the public types; the whole, with a real one, is tested end to end in `tests/`.
 
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use api::{Capsule, CapsuleId, Encoding, ErrorBody, ErrorCode, ErrorDetail, ExecResult, ExecStarted, Status};
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path as UrlPath, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{any, delete, get, post};
 use axum::{Json, Router};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 const ID: &str = "cl-0000000000000000000000001";
@@ -129,6 +133,10 @@ impl Server {
             .route("/v1/capsules", post(create).get(list))
             .route("/v1/capsules/{id}", get(look).delete(remove))
             .route("/v1/capsules/{id}/exec", post(exec))
+            .route("/v1/capsules/{id}/exec/stream", any(exec_stream))
+            .route("/v1/capsules/{id}/processes", get(processes))
+            .route("/v1/capsules/{id}/processes/{process}", delete(kill))
+            .route("/v1/capsules/{id}/processes/{process}/stream", any(process_stream))
             .with_state(seen.clone());
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -220,11 +228,77 @@ async fn exec(State(seen): State<Seen>, UrlPath(id): UrlPath<CapsuleId>, Json(bo
     };
     match cmd.as_str() {
         "text" => Json(result("hällo\n", "oops", 3, Encoding::Utf8)).into_response(),
-        // 0xff 0x00 0x0a, and nothing.
-        "bytes" => Json(result("/wAK", "", 0, Encoding::Base64)).into_response(),
-        "killed" => Json(result("", "", -1, Encoding::Utf8)).into_response(),
-        "slow" => refuse(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout, "the command ran longer than 30 seconds"),
         _ => (StatusCode::BAD_GATEWAY, "<html>not ours</html>").into_response(),
+    }
+}
+
+async fn exec_stream(State(seen): State<Seen>, upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(async move |mut socket: WebSocket| {
+        let Some(Ok(Message::Text(first))) = socket.recv().await else { return };
+        let first: Value = serde_json::from_str(&first).unwrap();
+        seen.lock().unwrap().push(("start".to_owned(), first.clone()));
+        say(&mut socket, json!({"type": "start", "pid": 71})).await;
+        match first["cmd"].as_str().unwrap() {
+            "text" => {
+                say(&mut socket, json!({"type": "stdout", "data": BASE64_STANDARD.encode("hällo\n")})).await;
+                say(&mut socket, json!({"type": "stderr", "data": BASE64_STANDARD.encode("oops")})).await;
+                say(&mut socket, json!({"type": "exit", "exit_code": 3})).await;
+            }
+            "bytes" => {
+                say(&mut socket, json!({"type": "stdout", "data": BASE64_STANDARD.encode([0xff, 0, b'\n'])})).await;
+                say(&mut socket, json!({"type": "exit", "exit_code": 0})).await;
+            }
+            "cat" => {
+                while let Some(Ok(message)) = socket.recv().await {
+                    match message {
+                        Message::Binary(bytes) => {
+                            say(&mut socket, json!({"type": "stdout", "data": BASE64_STANDARD.encode(bytes)})).await
+                        }
+                        Message::Text(text) if text.contains("eof") => break,
+                        _ => {}
+                    }
+                }
+                say(&mut socket, json!({"type": "exit", "exit_code": 0})).await;
+            }
+            "killed" => say(&mut socket, json!({"type": "exit", "exit_code": -1})).await,
+            "slow" => {
+                let data = "the command ran longer than 30 seconds";
+                say(&mut socket, json!({"type": "error", "code": "timeout", "data": data, "fatal": true})).await;
+            }
+            "endless" => while socket.recv().await.is_some() {},
+            // The connection breaks.
+            _ => {}
+        }
+    })
+}
+
+async fn process_stream(UrlPath((_, process)): UrlPath<(CapsuleId, String)>, upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(async move |mut socket: WebSocket| {
+        say(&mut socket, json!({"type": "start", "pid": 71})).await;
+        say(&mut socket, json!({"type": "stdout", "data": BASE64_STANDARD.encode(process.as_str())})).await;
+        if process == "done" {
+            say(&mut socket, json!({"type": "exit", "exit_code": 4})).await;
+        }
+        while socket.recv().await.is_some() {}
+    })
+}
+
+async fn say(socket: &mut WebSocket, message: Value) {
+    socket.send(Message::Text(message.to_string().into())).await.unwrap();
+}
+
+async fn processes() -> Json<Value> {
+    let words = json!(["-c", "sleep 9; echo it's"]);
+    Json(
+        json!({"processes": [{"pid": 71, "tag": "build", "cmd": "sh", "args": words}, {"pid": 8, "cmd": "top", "args": []}]}),
+    )
+}
+
+async fn kill(State(seen): State<Seen>, UrlPath((_, process)): UrlPath<(CapsuleId, String)>, uri: Uri) -> Response {
+    seen.lock().unwrap().push((format!("kill {process} {}", uri.query().unwrap_or_default()), Value::Null));
+    match process.as_str() {
+        "nobody" => refuse(StatusCode::NOT_FOUND, ErrorCode::NotFound, "there is no such process"),
+        _ => StatusCode::NO_CONTENT.into_response(),
     }
 }
 
@@ -260,11 +334,12 @@ fn exec_passes_bytes_and_codes_through() {
     let server = Server::start();
     let output =
         server.run(&["exec", ID, "--env", "A=1", "--cwd", "/tmp", "--timeout", "7", "--", "text", "-x", "y z"]);
-    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
     assert_eq!((text(&output.stdout), text(&output.stderr)), ("hällo\n", "oops"));
     let body = &server.seen()[0].1;
     assert_eq!((&body["cmd"], &body["args"]), (&json!("text"), &json!(["-x", "y z"])));
     assert_eq!((&body["envs"], &body["cwd"], &body["timeout_sec"]), (&json!({"A": "1"}), &json!("/tmp"), &json!(7)));
+    assert_eq!((&body["encoding"], &body["stdin"]), (&json!("base64"), &json!(false)));
 
     assert_eq!(server.run(&["exec", ID, "bytes"]).stdout, [0xff, 0, b'\n']);
     assert_eq!(server.run(&["exec", ID, "killed"]).status.code(), Some(255));
@@ -273,15 +348,78 @@ fn exec_passes_bytes_and_codes_through() {
         (late.status.code(), text(&late.stderr)),
         (Some(124), "error: the command ran longer than 30 seconds\n")
     );
-    let foreign = server.run(&["exec", ID, "else"]);
-    assert_eq!(foreign.status.code(), Some(125));
-    assert!(text(&foreign.stderr).contains("502 Bad Gateway"), "{}", text(&foreign.stderr));
+    let broken = server.run(&["exec", ID, "else"]);
+    assert_eq!(broken.status.code(), Some(125));
+    assert!(text(&broken.stderr).contains(&format!("logs -f {ID} 71")), "{}", text(&broken.stderr));
 
     let output = server.run(&["exec", "--background", ID, "sleep", "9"]);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "71\n"));
     let output = server.run(&["exec", "--json", ID, "text"]);
     assert_eq!(output.status.code(), Some(3));
     assert_eq!(serde_json::from_slice::<ExecResult>(&output.stdout).unwrap().stdout, "hällo\n");
+    let foreign = server.run(&["exec", "--json", ID, "else"]);
+    assert_eq!(foreign.status.code(), Some(125));
+    assert!(text(&foreign.stderr).contains("502 Bad Gateway"), "{}", text(&foreign.stderr));
+    server.end();
+}
+
+#[test]
+fn exec_passes_input_on_to_its_end() {
+    let server = Server::start();
+    let mut command = wrenn();
+    command.env("XDG_STATE_HOME", server.home.path()).args(["capsule", "exec", "-i", ID, "cat"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"a\0\xff").unwrap();
+    assert_eq!(child.wait_with_output().unwrap().stdout, b"a\0\xff");
+    assert_eq!(server.seen()[0].1["stdin"], true);
+    server.end();
+}
+
+#[test]
+fn an_interrupted_exec_ends_its_command() {
+    let server = Server::start();
+    let mut command = wrenn();
+    command.env("XDG_STATE_HOME", server.home.path()).args(["capsule", "exec", ID, "endless"]);
+    let mut child = command.spawn().unwrap();
+    while server.seen.lock().unwrap().is_empty() {
+        std::thread::yield_now();
+    }
+    // It may be on its way to learning the process's number; another signal comes until it has.
+    let status = loop {
+        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT);
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(status.code(), Some(130));
+    let seen = server.seen();
+    assert!(seen.len() == 1 || seen[1].0 == "kill 71 signal=SIGTERM", "{seen:?}");
+    server.end();
+}
+
+#[test]
+fn processes_are_listed_ended_and_followed() {
+    let server = Server::start();
+    let table = server.run(&["ps", ID]);
+    let lines: Vec<_> = text(&table.stdout).lines().collect();
+    assert_eq!(lines[1..], ["     71  build  sh -c 'sleep 9; echo it'\\''s'", "      8  -      top"]);
+    assert_eq!(text(&server.run(&["ps", "-q", ID]).stdout), "71\n8\n");
+
+    assert!(server.run(&["kill", ID, "71", "a/b c", "--signal", "SIGTERM"]).status.success());
+    let seen = server.seen();
+    assert_eq!(seen[0].0, "kill 71 signal=SIGTERM");
+    assert_eq!(seen[1].0, "kill a/b c signal=SIGTERM");
+    let output = server.run(&["kill", ID, "nobody"]);
+    assert_eq!(
+        (output.status.code(), text(&output.stderr)),
+        (Some(1), "error: cannot end nobody: there is no such process\n")
+    );
+
+    let output = server.run(&["logs", "-f", ID, "done"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(4), "done"));
+    let output = server.run(&["logs", ID, "on"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "on"));
     server.end();
 }
 

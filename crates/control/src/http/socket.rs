@@ -53,7 +53,7 @@ pub struct Socket {
 /// What is known of who wants to come in.
 enum Door {
     /// The key in the header has this capsule.
-    Open(db::capsule::Capsule),
+    Open(Box<db::capsule::Capsule>),
     /// There was no key yet.
     Closed(CapsuleId),
 }
@@ -65,7 +65,7 @@ impl FromRequestParts<App> for Socket {
         let caller = Caller::of_headers(app, parts).await?;
         let id = caller::id(parts, app).await?;
         let door = match caller {
-            Some(caller) => Door::Open(caller.capsule(app, id).await?),
+            Some(caller) => Door::Open(caller.capsule(app, id).await?.into()),
             None => Door::Closed(id),
         };
         let upgrade = WebSocketUpgrade::from_request_parts(parts, app).await;
@@ -115,7 +115,7 @@ impl Socket {
 /// The capsule, once the client has said who it is; `None` when it leaves instead.
 async fn admit(app: &App, door: Door, from: &mut From) -> Result<Option<db::capsule::Capsule>, Error> {
     let id = match door {
-        Door::Open(capsule) => return Ok(Some(capsule)),
+        Door::Open(capsule) => return Ok(Some(*capsule)),
         Door::Closed(id) => id,
     };
     let refused = || Error::new(ErrorCode::Unauthorized, "authentication failed");

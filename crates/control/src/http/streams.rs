@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use api::ErrorCode;
 use api::stream::{Answer, Encoding, Request};
+use axum::extract::FromRequestParts;
 use axum::extract::ws::Message;
+use axum::http::request::Parts;
 use axum::response::Response;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -12,7 +14,7 @@ use bytes::Bytes;
 
 use super::App;
 use super::answers::{InCapsule, InProcess, OfSocket};
-use super::caller::Selector;
+use super::caller::{Selector, query};
 use super::error::Error;
 use super::session::{self, Dialect, Said};
 use super::socket::{self, Client, Ended, Socket, text};
@@ -46,25 +48,42 @@ pub async fn exec(socket: Socket) -> Response {
 /// Follow a process
 ///
 /// A WebSocket. Without a key in the header, the first message must be `{"type":"auth","token"}`, within 5 seconds. The server's
-/// messages are those of `exec/stream`; output from before, up to 256 KiB, comes first. What a terminal shows is `stdout`. A
-/// client that leaves does not end the process.
+/// messages are those of `exec/stream`; output from before, up to 256 KiB, comes first. What a terminal shows is `stdout`. With
+/// the encoding `base64` output is the exact bytes. A client that leaves does not end the process.
 #[utoipa::path(
     get,
     path = "/v1/capsules/{id}/processes/{selector}/stream",
     tag = "commands",
     operation_id = "processStream",
-    params(InProcess),
+    params(InProcess, ("encoding" = Option<Encoding>, Query, description = "Of output; `utf-8` when absent")),
     responses(OfSocket)
 )]
-pub async fn follow(socket: Socket, Selector(selector): Selector) -> Response {
-    socket.open(|app, capsule, client| Box::pin(process(app, capsule, selector, client)))
+pub async fn follow(socket: Socket, Selector(selector): Selector, Asked(encoding): Asked) -> Response {
+    socket.open(move |app, capsule, client| Box::pin(process(app, capsule, selector, encoding, client)))
 }
 
-async fn process(app: App, capsule: db::capsule::Capsule, selector: api::Selector, client: &mut Client) -> Ended {
+/// The encoding the query names.
+pub struct Asked(Encoding);
+
+impl FromRequestParts<App> for Asked {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Error> {
+        query(parts, "encoding").map(Self)
+    }
+}
+
+async fn process(
+    app: App,
+    capsule: db::capsule::Capsule,
+    selector: api::Selector,
+    encoding: Encoding,
+    client: &mut Client,
+) -> Ended {
     let guest = guest::enter(&app.ctx, capsule).await?;
     let (process, events) = process::connect(&guest, selector).await?;
     let overheard: session::Understand = |_| Ok(Said::Nothing);
-    Ok(session::attend(process, events, Command::new(Encoding::Utf8), overheard, client).await)
+    Ok(session::attend(process, events, Command::new(encoding), overheard, client).await)
 }
 
 async fn command(app: App, capsule: db::capsule::Capsule, client: &mut Client) -> Ended {

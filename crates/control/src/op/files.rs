@@ -6,19 +6,15 @@ use agent_api::GuestFiles;
 use api::{FileEntry, FileKind};
 use connectrpc::client::{CallOptions, ClientBody, full_body};
 use connectrpc::{ConnectError, ErrorCode as Code};
-use guest_api::HttpError;
 use guest_api::filesystem::{EntryInfo, FileType, ListDirRequest, MakeDirRequest, RemoveRequest, StatRequest};
-use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, Response};
 
 use super::Error;
 use super::guest::Guest;
 
 /// Bytes of one listing on its way here.
 const LISTING_BYTES: usize = 256 << 20;
-/// Bytes of an answer that is an error.
-const ERROR_BYTES: usize = 64 << 10;
 
 /// What is in a directory, `depth` levels deep. Anything else than a directory is not there.
 pub async fn list(guest: &Guest, path: String, depth: u32) -> Result<Vec<FileEntry>, Error> {
@@ -59,16 +55,15 @@ pub async fn remove(guest: &Guest, path: String) -> Result<(), Error> {
 /// What is in a file: an answer whose body comes as the guest reads it.
 pub async fn read(guest: &Guest, path: &str) -> Result<Response<Incoming>, Error> {
     let request = Request::get(target(path)).body(full_body(Default::default())).expect("the path is encoded");
-    let response = guest.send(request).await?;
-    if response.status() == StatusCode::OK { Ok(response) } else { Err(refused(guest, response, path).await) }
+    guest.send(request).await.map_err(|error| meant(error, path))
 }
 
 /// Puts what the body carries into a file, in place of what was there. Parents are made. A body that breaks off leaves
 /// nothing under the file's name.
 pub async fn write(guest: &Guest, path: &str, body: ClientBody) -> Result<(), Error> {
     let request = Request::post(target(path)).header("content-type", "application/octet-stream").body(body);
-    let response = guest.send(request.expect("the path is encoded")).await?;
-    if response.status().is_success() { Ok(()) } else { Err(refused(guest, response, path).await) }
+    let written = guest.send(request.expect("the path is encoded")).await;
+    written.map(drop).map_err(|error| meant(error, path))
 }
 
 fn target(path: &str) -> String {
@@ -78,37 +73,24 @@ fn target(path: &str) -> String {
 
 /// Why the guest did not do what an RPC asked.
 fn failed(guest: &Guest, error: ConnectError, path: &str) -> Error {
-    match guest.failed(error) {
-        Error::Guest(error) => match error.code {
-            Code::NotFound => Error::NoFile(path.into()),
-            Code::AlreadyExists => Error::Occupied(path.into()),
-            Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => {
-                Error::Refused(format!("path `{path}`: {}", error.message.as_deref().unwrap_or("the guest refuses it")))
-            }
-            Code::ResourceExhausted if error.message.as_deref().is_some_and(|text| text.contains("space")) => {
-                Error::DiskFull
-            }
-            Code::ResourceExhausted => Error::LongListing,
-            _ => Error::Guest(error),
-        },
-        error => error,
-    }
+    meant(guest.failed(error), path)
 }
 
-/// Why the guest did not do what a plain request asked.
-async fn refused(guest: &Guest, response: Response<Incoming>, path: &str) -> Error {
-    let status = response.status();
-    let body = Limited::new(response.into_body(), ERROR_BYTES).collect().await;
-    let bytes = body.map(|body| body.to_bytes()).unwrap_or_default();
-    let message = serde_json::from_slice(&bytes).map(|error: HttpError| error.message);
-    let message = message.unwrap_or_else(|_| format!("the guest answers {status}"));
-    match status {
-        StatusCode::NOT_FOUND => Error::NoFile(path.into()),
-        StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN | StatusCode::REQUEST_TIMEOUT => {
-            Error::Refused(format!("path `{path}`: {message}"))
+/// What an error of the guest's means for a file.
+fn meant(error: Error, path: &str) -> Error {
+    let Error::Guest(error) = error else { return error };
+    match error.code {
+        Code::NotFound => Error::NoFile(path.into()),
+        Code::AlreadyExists => Error::Occupied(path.into()),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => {
+            Error::Refused(format!("path `{path}`: {}", error.message.as_deref().unwrap_or("the guest refuses it")))
         }
-        StatusCode::INSUFFICIENT_STORAGE => Error::DiskFull,
-        _ => guest.failed(ConnectError::internal(message)),
+        // Limits of the guest's own have the same code.
+        Code::ResourceExhausted if error.message.as_deref().is_some_and(|text| text.contains("space left")) => {
+            Error::DiskFull
+        }
+        Code::ResourceExhausted => Error::LongListing,
+        _ => Error::Guest(error),
     }
 }
 

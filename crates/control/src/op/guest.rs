@@ -37,17 +37,7 @@ impl Guest {
 
     /// A plain HTTP request to the guest's envd, under the path and query it has.
     pub async fn send(&self, request: Request<ClientBody>) -> Result<Response<Incoming>, Error> {
-        let response = self.ctx.host.send_to_guest(self.id, request).await.map_err(|error| self.failed(error))?;
-        if !response.headers().contains_key(REFUSAL_HEADER) {
-            return Ok(response);
-        }
-        let code = match response.status().as_u16() {
-            404 => ErrorCode::NotFound,
-            _ => ErrorCode::Unavailable,
-        };
-        let mut refusal = ConnectError::new(code, "the capsule does not answer its host");
-        refusal.set_response_headers(response.headers().clone());
-        Err(self.failed(refusal))
+        self.ctx.host.send_to_guest(self.id, request).await.map_err(|error| self.failed(error))
     }
 
     /// What it means that a call did not come to its end. What looks as if the capsule were no more is looked into.

@@ -13,8 +13,9 @@
 //!   its user and written with one call; if that fails it is removed. An existing file keeps its inode, mode and other names
 //!   (hard links); if writing fails, what was overwritten is put back.
 //! - A larger body goes to a file without a name at the top of the target's mount, where hardly anybody watches, and is linked
-//!   into place when it is complete. An existing file is replaced: its mode is kept, its other names keep the old contents, and
-//!   whoever has it open goes on reading those. So is a program that is running, however small the body.
+//!   into place when it is complete. (Who does watch there sees writes to `#INODE`: the kernel reports them.) An existing file
+//!   is replaced: its mode is kept, its other names keep the old contents, and whoever has it open goes on reading those. So is
+//!   a program that is running, however small the body.
 //! - A symbolic link is followed, also one that leads nowhere yet. A directory, a device, a pipe or a socket is refused.
 //!
 //! Parts of one form are files of their own: those before the one that failed are there.

@@ -34,7 +34,7 @@ pub async fn receive(
 ) -> Result<Vec<WrittenFile>, Error> {
     let metadata = metadata(headers)?;
     let contents: Contents<'_> = match header(headers, CONTENT_ENCODING).unwrap_or("identity") {
-        "identity" => Box::pin(incoming),
+        plain if plain.eq_ignore_ascii_case("identity") => Box::pin(incoming),
         gzip if gzip.eq_ignore_ascii_case("gzip") => Box::pin(encoding::unpacked(incoming)),
         other => return Err(Error::ContentEncoding(other.to_owned())),
     };

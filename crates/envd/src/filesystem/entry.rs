@@ -43,12 +43,12 @@ fn names(text: &str) -> HashMap<u32, String> {
 pub fn entry(path: &Path, owners: &Owners) -> io::Result<EntryInfo> {
     let own = std::fs::symlink_metadata(path)?;
     let is_symlink = own.is_symlink();
-    // A link that leads nowhere has neither.
+    // A link that leads nowhere has no mode, and is but a link: clients leave out of a list what has no type.
     let led_to = if is_symlink { std::fs::metadata(path).ok() } else { Some(own.clone()) };
     let describable = led_to.as_ref().is_some_and(|metadata| metadata.is_file() || metadata.is_dir());
     let owner = |names: &HashMap<u32, String>, id: u32| names.get(&id).cloned().unwrap_or_else(|| id.to_string());
     Ok(EntryInfo {
-        r#type: led_to.as_ref().map_or(FileType::FILE_TYPE_UNSPECIFIED, kind).into(),
+        r#type: led_to.as_ref().map_or(FileType::FILE_TYPE_SYMLINK, kind).into(),
         size: i64::try_from(own.size()).unwrap_or(i64::MAX),
         mode: led_to.map_or(0, |metadata| metadata.mode() & MODE_BITS),
         permissions: permissions(&own),

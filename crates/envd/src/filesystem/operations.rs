@@ -3,15 +3,19 @@
 use crate::filesystem::entry::{Owners, bare, entry};
 use crate::user::User;
 use guest_api::filesystem::{EntryInfo, FileType};
-use rustix::fs::{CWD, Dir, Gid, Mode, OFlags, Uid};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{AtFlags, CWD, Dir, Gid, Mode, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 /// How many entries one listing may have: it is one message, and all of it is in memory at once.
 pub const MAX_ENTRIES: usize = 500_000;
+
+/// How many levels of a tree are open at once while it is removed.
+const MAX_REMOVE_LEVELS: usize = 64;
 
 /// What directories made here are open to.
 const DIRECTORY_MODE: u32 = 0o755;
@@ -121,16 +125,65 @@ pub fn rename(source: &Path, destination: &Path, user: &User) -> Result<EntryInf
 
 /// Removes what is at `path` with everything inside; links are removed, not followed. Nothing there is fine.
 pub fn remove(path: &Path) -> Result<(), Error> {
-    if path.parent().is_none() {
-        return Err(Error::Root);
-    }
-    let removed = std::fs::symlink_metadata(path).and_then(|metadata| match metadata.is_dir() {
-        true => std::fs::remove_dir_all(path),
-        false => std::fs::remove_file(path),
-    });
+    let parent = path.parent().ok_or(Error::Root)?;
+    let Some(name) = path.file_name() else { return Err(Error::Root) };
+    let removed = open_directory(CWD, parent, OFlags::empty()).and_then(|parent| remove_at(parent.as_fd(), name));
     match removed {
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(()),
-        removed => removed.map_err(|source| Error::new("remove", path, source)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
+        removed => removed.map_err(|error| Error::new("remove", path, error.into())),
+    }
+}
+
+/// Removes a name with everything inside, through descriptors, so that nobody can make it wander off by putting links in
+/// its way. Of a tree that is deeper than descriptors should be spent on, the deep part is first moved up.
+fn remove_at(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+    struct Level {
+        directory: OwnedFd,
+        name: OsString,
+        names: Vec<OsString>,
+    }
+    let enter = |parent: BorrowedFd<'_>, name: &OsStr| {
+        let directory = open_directory(parent, name, OFlags::NOFOLLOW)?;
+        let names = names_in(&directory)?;
+        Ok(Level { directory, name: name.to_owned(), names })
+    };
+    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+        Err(Errno::ISDIR) => {}
+        done => return done,
+    }
+    let mut levels = vec![enter(parent, name)?];
+    let mut moved_up = 0u64;
+    loop {
+        let deep = levels.len() >= MAX_REMOVE_LEVELS;
+        let Some(level) = levels.last_mut() else { return Ok(()) };
+        let Some(name) = level.names.pop() else {
+            // What came in meanwhile makes this fail, and is for whoever put it there.
+            let name = std::mem::take(&mut level.name);
+            levels.pop();
+            let above = levels.last().map_or(parent, |level| level.directory.as_fd());
+            match rustix::fs::unlinkat(above, &name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(error) => return Err(error),
+            }
+        };
+        match rustix::fs::unlinkat(&level.directory, &name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(Errno::ISDIR) if deep => {
+                let up = OsString::from(format!(".removing-{}-{moved_up}", std::process::id()));
+                moved_up += 1;
+                let from = levels.last().map_or(parent, |level| level.directory.as_fd());
+                let top = &levels[0].directory;
+                rustix::fs::renameat_with(from, &name, top, &up, RenameFlags::NOREPLACE)?;
+                levels[0].names.push(up);
+            }
+            Err(Errno::ISDIR) => match enter(level.directory.as_fd(), &name) {
+                Ok(below) => levels.push(below),
+                // It went, or became something else, which is gone with the next call at the latest.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(error) => return Err(error),
+            },
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -172,16 +225,24 @@ pub fn list(path: &Path, depth: u32) -> Result<Vec<EntryInfo>, Error> {
 
 /// The names in a directory, in byte order.
 pub(super) fn names(directory: &Path, flags: OFlags) -> Result<Vec<OsString>, Errno> {
+    let mut names = names_in(&open_directory(CWD, directory, flags)?)?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn open_directory(at: BorrowedFd<'_>, path: impl rustix::path::Arg, flags: OFlags) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat(CWD, directory, flags, Mode::empty())?;
+    rustix::fs::openat(at, path, flags, Mode::empty())
+}
+
+fn names_in(directory: &OwnedFd) -> Result<Vec<OsString>, Errno> {
     let mut names = Vec::new();
-    for entry in Dir::new(directory)? {
+    for entry in Dir::read_from(directory)? {
         let name = entry?.file_name().to_bytes().to_vec();
         if name != b"." && name != b".." {
             names.push(OsString::from_vec(name));
         }
     }
-    names.sort_unstable();
     Ok(names)
 }
 

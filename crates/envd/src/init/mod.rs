@@ -9,6 +9,7 @@ mod network;
 mod power;
 mod root_disk;
 
+pub use names::rename;
 pub use power::shut_down_on_signal;
 
 use crate::cgroup::{self, Cgroups};
@@ -25,6 +26,7 @@ pub fn run() -> Cgroups {
     step("setting the host name", names::set());
     step("configuring the network", network::configure());
     step("growing the root file system", root_disk::grow());
+    step("giving the machine an id", crate::snapshot::ensure_machine_id());
     // Whoever runs short of something, it should not be envd.
     step("exempting envd from the out-of-memory killer", std::fs::write("/proc/self/oom_score_adj", "-1000"));
     step("raising envd's priority", rustix::process::setpriority_process(None, NICE).map_err(Into::into));

@@ -7,16 +7,36 @@ const HOST: &str = "capsule";
 const RESOLVERS: &str = "nameserver 8.8.8.8\nnameserver 8.8.4.4\n";
 
 pub fn set() -> io::Result<()> {
-    rustix::system::sethostname(HOST.as_bytes())?;
-    name_in_hosts(Path::new("/etc/hosts"))?;
+    rename(HOST)?;
     fill_resolver(Path::new("/etc/resolv.conf"))
 }
 
+/// Gives the host a name, which it also finds itself by.
+pub fn rename(name: &str) -> io::Result<()> {
+    let before = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    rustix::system::sethostname(name.as_bytes())?;
+    if before != name {
+        unname_in_hosts(Path::new("/etc/hosts"), &before)?;
+    }
+    name_in_hosts(Path::new("/etc/hosts"), name)
+}
+
+/// Takes away the line that we or the image wrote for a former name.
+fn unname_in_hosts(path: &Path, host: &str) -> io::Result<()> {
+    let text = read(path)?;
+    let ours = format!("127.0.1.1 {host}");
+    if !text.lines().any(|line| line == ours) {
+        return Ok(());
+    }
+    let rest: String = text.lines().filter(|line| *line != ours).map(|line| format!("{line}\n")).collect();
+    std::fs::write(path, rest)
+}
+
 /// The host must know its own name, or `sudo` asks a name server for it.
-fn name_in_hosts(path: &Path) -> io::Result<()> {
+fn name_in_hosts(path: &Path, host: &str) -> io::Result<()> {
     let text = read(path)?;
     let named =
-        |line: &str| line.split('#').next().unwrap_or_default().split_whitespace().skip(1).any(|name| name == HOST);
+        |line: &str| line.split('#').next().unwrap_or_default().split_whitespace().skip(1).any(|name| name == host);
     if text.lines().any(named) {
         return Ok(());
     }
@@ -24,7 +44,7 @@ fn name_in_hosts(path: &Path) -> io::Result<()> {
     if !text.ends_with('\n') {
         text.push('\n');
     }
-    text.push_str(&format!("127.0.1.1 {HOST}\n"));
+    text.push_str(&format!("127.0.1.1 {host}\n"));
     std::fs::write(path, text)
 }
 
@@ -56,17 +76,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("hosts");
         std::fs::write(&path, "127.0.0.1 localhost # capsule\n10.0.0.1 other").unwrap();
-        name_in_hosts(&path).unwrap();
-        name_in_hosts(&path).unwrap();
+        name_in_hosts(&path, HOST).unwrap();
+        name_in_hosts(&path, HOST).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text, "127.0.0.1 localhost # capsule\n10.0.0.1 other\n127.0.1.1 capsule\n");
+        name_in_hosts(&path, "fork-1").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{text}127.0.1.1 fork-1\n"));
+        unname_in_hosts(&path, "fork-1").unwrap();
+        unname_in_hosts(&path, "other").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
     }
 
     #[test]
     fn a_missing_hosts_is_made() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("hosts");
-        name_in_hosts(&path).unwrap();
+        name_in_hosts(&path, HOST).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 capsule\n");
     }
 

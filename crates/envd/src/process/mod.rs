@@ -29,7 +29,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-/// How long a process that ended can be joined, and how many of them, and how much output of them all.
+/// How long a process that ended can be joined, and how many of them, and how much output and command
+/// line of them all.
 const KEEP_FOR: Duration = Duration::from_secs(60);
 const KEEP_PROCESSES: usize = 128;
 const KEEP_BYTES: u64 = 8 * 1024 * 1024;
@@ -180,12 +181,12 @@ impl Processes {
             table.running.remove(&process.pid);
         }
         table.ended.push_back(Ended { process: Arc::clone(process), at: Instant::now() });
-        let mut bytes: u64 = table.ended.iter().map(|ended| ended.process.log.kept()).sum();
+        let mut bytes: u64 = table.ended.iter().map(|ended| ended.process.kept()).sum();
         while let Some(oldest) = table.ended.front() {
             if !oldest.is_stale() && table.ended.len() <= KEEP_PROCESSES && bytes <= KEEP_BYTES {
                 break;
             }
-            bytes -= oldest.process.log.kept();
+            bytes -= oldest.process.kept();
             table.ended.pop_front();
         }
     }
@@ -228,6 +229,8 @@ impl Process {
             let input = self.input.lock().await;
             let input = input.as_ref().ok_or(InputError::Closed)?;
             input.write_all(data).await.map_err(|error| match error.kind() {
+                // Nobody has the terminal any more: its process is ending.
+                io::ErrorKind::BrokenPipe if self.terminal.is_some() => InputError::Ended,
                 io::ErrorKind::BrokenPipe => InputError::Closed,
                 _ => InputError::Write(error),
             })
@@ -252,6 +255,14 @@ impl Process {
         let terminal = self.terminal.as_ref().ok_or(InputError::NoTerminal)?;
         let terminal = terminal.upgrade().ok_or(InputError::Ended)?;
         rustix::termios::tcsetwinsize(terminal.get(), size).map_err(|error| InputError::Resize(error.into()))
+    }
+
+    /// What keeping it costs in memory, near enough.
+    fn kept(&self) -> u64 {
+        let config = &self.config;
+        let environment = config.envs.iter().map(|(name, value)| name.len() + value.len());
+        let words = config.args.iter().map(String::len).chain(environment).sum::<usize>() + config.cmd.len();
+        self.log.kept() + words as u64
     }
 
     fn is_running(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The Connect service `process.Process`: requests to calls on [`Processes`], and what comes back to the wire.
 
-use crate::process::log::{Item, Lagged, Reader, Source};
+use crate::process::log::{Item, Reader, Source};
 use crate::process::plan::{self, Plan};
 use crate::process::{End, InputError, Outcome, Process, Processes, Selector, StartError};
 use crate::rpc::{keepalive, username};
@@ -202,7 +202,7 @@ impl Events {
         };
         match item {
             Err(_idle) => Ok((event(KeepAlive::default()), true)),
-            Ok(Err(lagged @ Lagged)) => Err(ConnectError::resource_exhausted(lagged.to_string())),
+            Ok(Err(unreadable)) => Err(ConnectError::data_loss(unreadable.to_string())),
             Ok(Ok(Item::Data(source, bytes))) => {
                 let output = match source {
                     Source::Stdout => Output::Stdout(bytes),

@@ -4,7 +4,7 @@ use super::log::{Log, Reader};
 use super::plan::{Plan, Streams};
 use super::stdio::{self, Output};
 use super::{End, Outcome, Process, Processes, StartError};
-use crate::cgroup::{Class, Leaf};
+use crate::cgroup::{Class, Leaf, SYSTEM_TAG};
 use crate::reaper::Exit;
 use crate::sys::spawn::{Identity, Spawn};
 use rustix::process::{Pid, Signal, WaitStatus};
@@ -59,7 +59,10 @@ async fn start(
 ) -> Result<(Arc<Process>, Vec<Output>, Option<Leaf>, Exit), StartError> {
     let (child, ours) = stdio::open(plan.streams, plan.user.uid).map_err(StartError::Streams)?;
     let terminal = matches!(plan.streams, Streams::Terminal(_));
-    let leaf = processes.cgroups.leaf(if terminal { Class::Pty } else { Class::User }).map_err(StartError::Cgroup)?;
+    let leaf = match plan.tag.as_deref() {
+        Some(SYSTEM_TAG) => None,
+        _ => processes.cgroups.leaf(if terminal { Class::Pty } else { Class::User }).map_err(StartError::Cgroup)?,
+    };
     let reaper = Arc::clone(&processes.reaper);
     // The clone returns when the program is loaded, which may take a slow disk's time: not on a worker.
     let spawned = tokio::task::spawn_blocking(move || {
@@ -155,7 +158,7 @@ fn end_of(status: WaitStatus) -> End {
 }
 
 /// Carries one stream to its end, at the readers' pace.
-async fn pump(output: &Output, log: &Log<Outcome>) -> io::Result<()> {
+async fn pump(output: &Output, log: &Arc<Log<Outcome>>) -> io::Result<()> {
     let mut buffer = vec![0; output.source.item_bytes()];
     loop {
         log.room().await;
@@ -171,7 +174,7 @@ async fn pump(output: &Output, log: &Log<Outcome>) -> io::Result<()> {
 /// What it wrote is in there by now, so that much is carried without fail. Descendants that hold the pipes get [`GRACE`] to
 /// finish; whoever still holds them then goes on undisturbed, its output read and dropped so that it neither blocks nor dies
 /// of SIGPIPE.
-async fn drain(log: &Log<Outcome>, outputs: Vec<Output>) {
+async fn drain(log: &Arc<Log<Outcome>>, outputs: Vec<Output>) {
     for output in &outputs {
         carry_readable(log, output).await;
     }
@@ -189,7 +192,7 @@ async fn drain(log: &Log<Outcome>, outputs: Vec<Output>) {
 }
 
 /// Carries exactly what can be read now, however much is added meanwhile.
-async fn carry_readable(log: &Log<Outcome>, output: &Output) {
+async fn carry_readable(log: &Arc<Log<Outcome>>, output: &Output) {
     let mut left = output.readable() as usize;
     let mut buffer = vec![0; left.min(output.source.item_bytes())];
     while left > 0 {

@@ -4,6 +4,9 @@
 //! It owns no policy; each function does one thing to the kernel and says what it assumes.
 
 pub mod disk;
+pub mod freeze;
+pub mod memory;
 pub mod net;
 pub mod poll;
+pub mod random;
 pub mod spawn;

@@ -1,6 +1,6 @@
 //! The few interface requests that init needs: the classic IPv4 ioctls, which are one call each.
 
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::io;
 use std::net::Ipv4Addr;
@@ -81,6 +81,28 @@ impl Interfaces {
         // SAFETY: every request used here reads and writes one `ifreq`, which is live.
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), what, std::ptr::from_mut(request)) })
     }
+}
+
+/// Lets a socket accept connections for ports that are not its own, as a packet rule hands them to it.
+pub fn set_transparent(socket: impl AsFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option reads one integer from the address given, which is a live one.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_IP,
+            libc::IP_TRANSPARENT,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    })
+}
+
+/// Moves this thread into a network of its own, for a test.
+#[cfg(test)]
+pub fn enter_new_network() {
+    // SAFETY: descriptors stay shared.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

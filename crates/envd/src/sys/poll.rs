@@ -24,7 +24,17 @@ impl Polled {
 
     /// Writes once, waiting for room.
     pub async fn write(&self, data: &[u8]) -> io::Result<usize> {
-        self.0.async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, data)?)).await
+        loop {
+            let mut ready = self.0.ready(Interest::WRITABLE).await?;
+            let closed = ready.ready().is_write_closed();
+            match ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), data)?)) {
+                Ok(result) => return result,
+                // A full terminal whose other side is closed counts as writable, takes nothing and never will: waiting for
+                // it would be asking again and again.
+                Err(_) if closed => return Err(io::ErrorKind::BrokenPipe.into()),
+                Err(_) => {}
+            }
+        }
     }
 
     /// The descriptor itself, for everything that does not wait.

@@ -137,6 +137,26 @@ async fn removing_takes_everything_inside_and_minds_nothing_absent() {
 }
 
 #[tokio::test]
+async fn a_tree_deeper_than_descriptors_and_paths_go_is_removed() {
+    use rustix::fs::{Mode, OFlags, mkdirat, openat};
+    let envd = Envd::start();
+    let files = files(&envd);
+    let root = tempfile::tempdir().unwrap();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut at = rustix::fs::open(root.path(), flags, Mode::empty()).unwrap();
+    for _ in 0..3000 {
+        mkdirat(&at, "deep", Mode::RWXU).unwrap();
+        openat(&at, "file", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU).unwrap();
+        at = openat(&at, "deep", flags, Mode::empty()).unwrap();
+    }
+    // Beyond what a path can name there are entries without descriptions, but no error.
+    let entries = list(&files, &text(root.path()), u32::MAX).await.unwrap();
+    assert!(entries.len() > 1000, "{}", entries.len());
+    remove(&files, &text(&root.path().join("deep"))).await.unwrap();
+    assert!(!root.path().join("deep").exists());
+}
+
+#[tokio::test]
 async fn links_are_described_with_what_they_lead_to() {
     let envd = Envd::start();
     let files = files(&envd);
@@ -164,7 +184,7 @@ async fn links_are_described_with_what_they_lead_to() {
     let parent = root.path().parent().unwrap();
     for (name, target) in [("dangling", text(&parent.join("gone/x"))), ("cycle", at("cycle"))] {
         let link = stat(&files, &at(name)).await.unwrap();
-        assert_eq!((link.r#type, link.mode), (FileType::FILE_TYPE_UNSPECIFIED.into(), 0));
+        assert_eq!((link.r#type, link.mode), (FileType::FILE_TYPE_SYMLINK.into(), 0));
         assert_eq!((link.is_symlink, link.symlink_target), (true, Some(target)));
     }
     let paths = |entries: Vec<EntryInfo>| entries.into_iter().map(|entry| entry.path).collect::<Vec<_>>();

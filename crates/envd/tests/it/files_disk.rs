@@ -149,7 +149,8 @@ async fn a_client_that_leaves_leaves_nothing() {
     assert_eq!((disk.names(), std::fs::read(disk.path("kept")).unwrap()), (vec!["kept".to_owned()], b"old".to_vec()));
 }
 
-#[tokio::test]
+// The server is in this process, and the client blocks.
+#[tokio::test(flavor = "multi_thread")]
 async fn a_silent_client_is_told_and_leaves_nothing() {
     let disk = Small::memory("size=64m");
     let settings = Arc::new(envd::settings::Settings::default());

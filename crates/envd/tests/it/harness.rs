@@ -62,6 +62,12 @@ impl Envd {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// Whether envd has a file open below `directory`, be it unlinked.
+    pub fn holds(&self, directory: &str) -> bool {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().flatten();
+        files.filter_map(|file| std::fs::read_link(file.path()).ok()).any(|target| target.starts_with(directory))
+    }
+
     /// Processes whose parent is envd, zombies included.
     pub fn children(&self) -> usize {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();

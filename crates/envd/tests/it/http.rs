@@ -6,11 +6,21 @@ use connectrpc::ErrorCode;
 use connectrpc::client::CallOptions;
 use serde_json::Value;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 
 /// Status, head in lower case, body.
 pub fn request(envd: &Envd, method: &str, path: &str, headers: &[&str], body: &str) -> (u16, String, Vec<u8>) {
-    let mut socket = TcpStream::connect(envd.address).unwrap();
+    request_to(envd.address, method, path, headers, body)
+}
+
+pub fn request_to(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[&str],
+    body: &str,
+) -> (u16, String, Vec<u8>) {
+    let mut socket = TcpStream::connect(address).unwrap();
     let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
     let length = body.len();
     let head = format!(
@@ -23,7 +33,7 @@ pub fn request(envd: &Envd, method: &str, path: &str, headers: &[&str], body: &s
     response(&wire)
 }
 
-fn json(body: &[u8]) -> Value {
+pub fn json(body: &[u8]) -> Value {
     serde_json::from_slice(body).unwrap()
 }
 
@@ -53,15 +63,21 @@ fn init_answers_with_nothing_and_the_version() {
 fn init_replaces_the_environment_and_is_idempotent() {
     let envd = Envd::start();
     let envs = || json(&request(&envd, "GET", "/envs", &[], "").2);
-    assert_eq!(envs(), serde_json::json!({}));
+    let told = |mut more: Value| {
+        // Not in a capsule, and it says so.
+        more["WRENN_SANDBOX"] = "false".into();
+        more["E2B_SANDBOX"] = "false".into();
+        more
+    };
+    assert_eq!(envs(), told(serde_json::json!({})));
     for _ in 0..2 {
         request(&envd, "POST", "/init", &[], r#"{"envVars":{"A":"1"}}"#);
-        assert_eq!(envs(), serde_json::json!({"A": "1"}));
+        assert_eq!(envs(), told(serde_json::json!({"A": "1"})));
     }
     request(&envd, "POST", "/init", &[], "{}");
-    assert_eq!(envs(), serde_json::json!({"A": "1"}));
+    assert_eq!(envs(), told(serde_json::json!({"A": "1"})));
     request(&envd, "POST", "/init", &[], r#"{"envVars":{"B":"2"}}"#);
-    assert_eq!(envs(), serde_json::json!({"B": "2"}));
+    assert_eq!(envs(), told(serde_json::json!({"B": "2"})));
 }
 
 #[tokio::test]
@@ -85,6 +101,8 @@ async fn a_token_closes_everything_but_two_doors() {
         ("GET", "//health"),
         ("POST", "/process.Process/List"),
         ("POST", "/process.Process/Start"),
+        ("POST", "/filesystem.Filesystem/Stat"),
+        ("POST", "/filesystem.Filesystem/WatchDir"),
     ] {
         for wrong in [&[][..], &["X-Access-Token: secre"], &["X-Access-Token: secret2"], &["X-Access-Token: "]] {
             let (status, _, body) = request(&envd, method, path, wrong, "");
@@ -134,4 +152,70 @@ fn what_is_not_there_says_so_in_json() {
         assert_eq!(json(&body)["code"].as_u64(), Some(code.into()));
         assert!(json(&body)["message"].is_string());
     }
+}
+
+#[test]
+fn a_browser_may_ask_without_the_token_whether_it_may_call() {
+    let envd = Envd::start();
+    assert_eq!(request(&envd, "POST", "/init", &[], r#"{"accessToken":"secret"}"#).0, 204);
+    let origin = "Origin: https://example.com";
+    let asks = ["Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x-access-token"];
+    for path in ["/process.Process/Start", "/envs"] {
+        let (status, head, _) = request(&envd, "OPTIONS", path, &[&[origin][..], &asks].concat(), "");
+        assert_eq!(status, 200);
+        for line in [
+            "access-control-allow-origin: *",
+            "access-control-allow-methods: *",
+            "access-control-allow-headers: *",
+            "access-control-max-age: 7200",
+        ] {
+            assert!(head.contains(line), "{line} in {head}");
+        }
+        // The call itself needs the token as ever, and its answer can be read.
+        let (status, head, _) = request(&envd, "POST", path, &[origin], "");
+        assert_eq!(status, 401);
+        assert!(head.contains("access-control-allow-origin: *"), "{head}");
+    }
+}
+
+#[test]
+fn the_control_routes_need_the_token_and_a_machine_of_their_own() {
+    let envd = Envd::start();
+    assert_eq!(request(&envd, "POST", "/init", &[], r#"{"accessToken":"secret"}"#).0, 204);
+    let right = "X-Access-Token: secret";
+    for (path, status) in [
+        ("/snapshot/prepare", 204),
+        ("/freeze", 501),
+        ("/freeze?maxWaitMs=1&mode=any", 501),
+        ("/unfreeze", 501),
+        ("/fsfreeze", 501),
+        ("/fsthaw", 501),
+        ("/collapse", 501),
+    ] {
+        for wrong in [&[][..], &["X-Access-Token: other"]] {
+            assert_eq!(request(&envd, "POST", path, wrong, "").0, 401, "{path}");
+        }
+        let (answered, _, body) = request(&envd, "POST", path, &[right], "");
+        assert_eq!(answered, status, "{path}: {}", String::from_utf8_lossy(&body));
+        assert_eq!(request(&envd, "GET", path, &[right], "").0, 405, "{path}");
+    }
+    let restore = |more: &str| format!(r#"{{"restore":{{"kind":"resume","entropy":"{}"}}{more}}}"#, "A".repeat(44));
+    let init = |headers: &[&str], body: &str| request(&envd, "POST", "/init", headers, body).0;
+    assert_eq!(init(&[], &restore(r#","timestamp":1"#)), 401);
+    assert_eq!(init(&[right], &restore("")), 400, "no timestamp");
+    assert_eq!(init(&[right], r#"{"restore":{"kind":"resume","entropy":"AA"},"timestamp":1}"#), 400);
+    assert_eq!(init(&[right], &restore(r#","timestamp":1,"accessToken":"new""#)), 501);
+    assert_eq!(request(&envd, "GET", "/envs", &[right], "").0, 200, "what was refused changed nothing");
+}
+
+#[test]
+fn whoever_has_the_token_may_change_it() {
+    let envd = Envd::start();
+    let init = |headers: &[&str], body: &str| request(&envd, "POST", "/init", headers, body).0;
+    assert_eq!(init(&[], r#"{"accessToken":"old"}"#), 204);
+    assert_eq!(init(&["X-Access-Token: wrong"], r#"{"accessToken":"new"}"#), 401);
+    assert_eq!(init(&["X-Access-Token: old"], "{}"), 204);
+    assert_eq!(init(&["X-Access-Token: old"], r#"{"accessToken":"new"}"#), 204);
+    assert_eq!(init(&["X-Access-Token: old"], "{}"), 401);
+    assert_eq!(init(&[], r#"{"accessToken":"new"}"#), 204);
 }

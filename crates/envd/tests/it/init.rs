@@ -10,15 +10,15 @@ use std::time::Duration;
 
 /// A guest without a kernel: new namespaces, this machine's `/usr` read-only below a fresh root, and a control group of its
 /// own to be the root of what it sees.
-struct Guest {
+pub struct Guest {
     outer: Child,
-    init: u32,
-    cgroup: PathBuf,
+    pub init: u32,
+    pub cgroup: PathBuf,
     _root: tempfile::TempDir,
 }
 
 impl Guest {
-    async fn boot() -> Guest {
+    pub async fn boot() -> Guest {
         let root = tempfile::tempdir().unwrap();
         let at = root.path().display();
         let envd = env!("CARGO_BIN_EXE_envd");
@@ -51,7 +51,7 @@ impl Guest {
     }
 
     /// Runs a future's client inside the guest's network: a thread of its own enters the namespace.
-    fn inside<T: Send + 'static>(&self, work: impl AsyncFnOnce(Client) -> T + Send + 'static) -> T {
+    pub fn inside<T: Send + 'static>(&self, work: impl AsyncFnOnce(Client) -> T + Send + 'static) -> T {
         let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
         let thread = std::thread::spawn(move || {
             use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -160,7 +160,7 @@ async fn a_timeout_reaches_those_who_left_the_session_and_no_group_stays() {
     });
     assert_eq!((error.code, left), (ErrorCode::DeadlineExceeded, 0));
     let groups =
-        || std::fs::read_dir(guest.cgroup.join("user")).unwrap().flatten().filter(|e| e.path().is_dir()).count();
+        || std::fs::read_dir(guest.cgroup.join("work/user")).unwrap().flatten().filter(|e| e.path().is_dir()).count();
     // One may stay until the next process ends: its members were still dying.
     eventually("the leaves' end", || groups() <= 1).await;
     guest.inside(async |client| run(&client, sh("exit 0")).await);

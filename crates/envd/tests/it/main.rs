@@ -12,6 +12,7 @@ mod lifetime;
 mod output;
 mod plan;
 mod readers;
+mod restore;
 mod tree;
 mod watch;
 mod wire;

@@ -76,12 +76,14 @@ async fn environments_are_layered() {
     let expected = [
         ("A", "init"),
         ("B", "request"),
+        ("E2B_SANDBOX", "false"),
         ("EMPTY", ""),
         ("HOME", "/somewhere"),
         ("LOGNAME", "root"),
         ("PATH", "/usr/bin:/bin"),
         ("SHELL", "/bin/bash"),
         ("USER", "root"),
+        ("WRENN_SANDBOX", "false"),
     ];
     assert_eq!(env, BTreeMap::from(expected));
 }

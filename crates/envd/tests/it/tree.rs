@@ -121,7 +121,9 @@ fn facts(root: &Path) -> Vec<Fact> {
                 assert_eq!(said.pop(), Some(0));
                 PathBuf::from(OsString::from_vec(said))
             };
-            let target = match ask("-ze") {
+            // Only what leads somewhere: over a link into itself, `readlink -e` broods for minutes.
+            let resolved = if kind == "nothing" { None } else { ask("-ze") };
+            let target = match resolved {
                 Some(target) => end(target),
                 None => path.parent().unwrap().join(end(ask("-z").unwrap())),
             };
@@ -130,6 +132,7 @@ fn facts(root: &Path) -> Vec<Fact> {
         let kind = match kind.as_str() {
             "f" | "regular file" | "regular empty file" => FileType::FILE_TYPE_FILE,
             "d" | "directory" => FileType::FILE_TYPE_DIRECTORY,
+            "nothing" => FileType::FILE_TYPE_SYMLINK,
             _ => FileType::FILE_TYPE_UNSPECIFIED,
         };
         Fact {

@@ -337,7 +337,7 @@ async fn network_mounts_are_refused_unless_allowed_and_do_not_spoil_a_tree() {
     // Root may not even look into this one.
     let allowed = WatchDirRequest { allow_network_mounts: true, ..request(&mount, false) };
     assert_eq!(Watch::start(&files, allowed).await.err().unwrap().code, ErrorCode::PermissionDenied);
-    let listed = crate::files::list(&files, &text(root.path()), 3).await.unwrap();
+    let listed = crate::entries::list(&files, &text(root.path()), 3).await.unwrap();
     assert_eq!((listed.len(), listed[0].name.as_str(), listed[0].permissions.as_str()), (1, "mount", "?---------"));
     let mut watch = Watch::start(&files, request(root.path(), true)).await.unwrap();
     File::create(root.path().join("end")).unwrap();

@@ -5,7 +5,8 @@ use serde_json::json;
 use crate::host::vm::Vm;
 use crate::host::{Host, until};
 
-fn wait_for(vm: &Vm, mib: u64) {
+/// Waits until the guest has given up so much.
+pub fn wait_for(vm: &Vm, mib: u64) {
     until("the balloon", || (vm.api.get("/balloon/statistics")["actual_mib"] == json!(mib)).then_some(()));
 }
 

@@ -15,3 +15,4 @@ mod pause;
 mod requests;
 mod restore;
 mod snapshots;
+mod store;

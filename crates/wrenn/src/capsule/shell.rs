@@ -2,29 +2,24 @@
 
 mod window;
 
-use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Error, Result, anyhow, bail};
 use api::pty::{Answer, Encoding, Request, Size, Start};
 use api::{CapsuleId, ErrorCode};
-use bytes::Bytes;
 use clap::Args;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
-use reqwest::Upgraded;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
-use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::exec::{SIGNALLED, not_run};
-use crate::rest::{Client, Refused};
+use super::stdio::{self, Output, Signals};
+use crate::rest::{Client, Refused, Socket};
 use window::Window;
-
-type Socket = WebSocketStream<Upgraded>;
 
 /// Pauses before each attempt to come back after the connection broke: together longer than a restart of the server.
 const RETRIES: [Duration; 6] = [
@@ -42,9 +37,6 @@ const SILENCE: Duration = Duration::from_secs(65);
 const END_AGAIN: Duration = Duration::from_secs(1);
 /// What ends the input of a program on a terminal: ctrl-D.
 const END_OF_INPUT: u8 = 4;
-/// Bytes read from standard input at once, and how many such pieces may wait.
-const PIECE: usize = 16 * 1024;
-const PIECES: usize = 16;
 
 /// Opens a shell in a capsule, and exits with its code.
 ///
@@ -61,46 +53,51 @@ pub(super) struct Shell {
 
 impl Shell {
     pub(super) async fn run(self, client: &Client) -> ExitCode {
-        match self.attend(client).await {
-            Ok(code) => ExitCode::from(code),
-            Err(error) => not_run(&error),
-        }
-    }
-
-    async fn attend(self, client: &Client) -> Result<u8> {
-        let mut session = Session::new()?;
-        let mut socket = client.pty(self.id).await?;
-        let id = self.id;
-        let mut hello = Request::Start(self.start(&session.window));
-        loop {
-            let broken = match session.carry(socket, &hello).await? {
-                End::Exited(code) => return Ok(u8::try_from(code).unwrap_or(SIGNALLED)),
-                End::Interrupted(signal) => return Ok(128u8.saturating_add(signal)),
-                End::Broken(why) => why,
-            };
-            let Some(tag) = session.tag.clone() else {
-                return Err(broken.context("the connection broke before the shell began"));
-            };
-            eprint(&format!("the connection broke ({broken:#}); coming back to {tag}"));
-            socket = tokio::select! {
-                socket = come_back(client, id, &mut session.tries, broken) => socket?,
-                signal = session.signals.next() => return Ok(128u8.saturating_add(signal)),
-            };
-            hello = Request::Connect { tag, encoding: Encoding::Binary };
-        }
-    }
-
-    fn start(self, window: &Window) -> Start {
-        let Size { cols, rows } = window.size();
         // A command line is for a shell to take apart.
         let (cmd, args) = match self.cmd {
             Some(line) => (Some("/bin/sh".to_owned()), Some(vec!["-c".to_owned(), line])),
             None => (None, None),
         };
-        let term = std::env::var("TERM").ok().filter(|term| window.is_terminal() && !term.is_empty());
-        let envs = term.map(|term| [("TERM".to_owned(), term)].into());
-        Start { cmd, args, cols: Some(cols.into()), rows: Some(rows.into()), envs, ..Start::default() }
+        attend(client, self.id, Start { cmd, args, ..Start::default() }).await
     }
+}
+
+/// Runs `start` on a terminal of the user's size and kind, until it ends, over as many connections as that takes.
+pub(super) async fn attend(client: &Client, id: CapsuleId, start: Start) -> ExitCode {
+    match carry_on(client, id, start).await {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => not_run(&error),
+    }
+}
+
+async fn carry_on(client: &Client, id: CapsuleId, start: Start) -> Result<u8> {
+    let mut session = Session::new()?;
+    let mut socket = client.pty(id).await?;
+    let mut hello = Request::Start(on(&session.window, start));
+    loop {
+        let broken = match session.carry(socket, &hello).await? {
+            End::Exited(code) => return Ok(u8::try_from(code).unwrap_or(SIGNALLED)),
+            End::Interrupted(signal) => return Ok(128u8.saturating_add(signal)),
+            End::Broken(why) => why,
+        };
+        let Some(tag) = session.tag.clone() else {
+            return Err(broken.context("the connection broke before the shell began"));
+        };
+        eprint(&format!("the connection broke ({broken:#}); coming back to {tag}"));
+        socket = tokio::select! {
+            socket = come_back(client, id, &mut session.tries, broken) => socket?,
+            signal = session.signals.next() => return Ok(128u8.saturating_add(signal)),
+        };
+        hello = Request::Connect { tag, encoding: Encoding::Binary };
+    }
+}
+
+fn on(window: &Window, mut start: Start) -> Start {
+    let Size { cols, rows } = window.size();
+    if let Some(term) = std::env::var("TERM").ok().filter(|term| window.is_terminal() && !term.is_empty()) {
+        start.envs.get_or_insert_default().entry("TERM".to_owned()).or_insert(term);
+    }
+    Start { cols: Some(cols.into()), rows: Some(rows.into()), ..start }
 }
 
 /// A new connection. A server that refuses will not do otherwise if asked again; one that is away may come back.
@@ -148,50 +145,6 @@ struct Session {
     tries: usize,
 }
 
-/// Bytes for standard output, and where to say that they are written.
-type Output = mpsc::Sender<(Bytes, oneshot::Sender<io::Result<()>>)>;
-
-/// Standard input. A thread, not a task: nothing could cancel its read, and the runtime would wait for it at the end.
-fn input() -> mpsc::Receiver<Vec<u8>> {
-    let (to, typed) = mpsc::channel(PIECES);
-    std::thread::spawn(move || {
-        let mut buffer = vec![0; PIECE];
-        loop {
-            match io::stdin().read(&mut buffer) {
-                Ok(read) if read > 0 => {
-                    if to.blocking_send(buffer[..read].to_vec()).is_err() {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(_) | Err(_) => return,
-            }
-        }
-    });
-    typed
-}
-
-/// Standard output, in a thread for the same reason.
-fn output() -> Output {
-    let (shown, mut from) = mpsc::channel::<(Bytes, oneshot::Sender<_>)>(1);
-    std::thread::spawn(move || {
-        while let Some((bytes, written)) = from.blocking_recv() {
-            let mut stdout = io::stdout().lock();
-            // Nobody waits for it any more if the command was interrupted.
-            let _ = written.send(stdout.write_all(&bytes).and_then(|()| stdout.flush()));
-        }
-    });
-    shown
-}
-
-/// Writes to standard output, at its pace.
-async fn show(shown: &Output, bytes: Bytes) -> io::Result<()> {
-    let (written, done) = oneshot::channel();
-    let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
-    shown.send((bytes, written)).await.map_err(|_| gone())?;
-    done.await.map_err(|_| gone())?
-}
-
 /// How a connection ended.
 enum End {
     Exited(i32),
@@ -204,8 +157,8 @@ impl Session {
     fn new() -> Result<Self> {
         Ok(Self {
             window: Window::of_this_process(),
-            typed: input(),
-            shown: output(),
+            typed: stdio::input(),
+            shown: Output::stdout(),
             ended: false,
             at_line_start: true,
             resized: signal(SignalKind::window_change())?,
@@ -253,7 +206,7 @@ async fn listen(
         };
         let text = match next {
             Some(Ok(Message::Binary(bytes))) => {
-                show(shown, bytes).await?;
+                shown.write(bytes).await?;
                 continue;
             }
             Some(Ok(Message::Text(text))) => text,
@@ -275,7 +228,7 @@ async fn listen(
             }
             Ok(Answer::Error { data, fatal: true, .. }) => bail!(data),
             Ok(Answer::Error { data, fatal: false, .. }) => eprint(&format!("{data}\r")),
-            // Text that was not asked for, and what only a newer server says.
+            // Not asked for, or of a newer server.
             Ok(Answer::Output { .. }) | Err(_) => {}
         }
     }
@@ -337,30 +290,4 @@ impl Speaker<'_> {
 
 fn message(request: &Request) -> Message {
     Message::text(serde_json::to_string(request).expect("a request is plain data"))
-}
-
-/// The signals that end this command, which must leave the user's terminal as it was.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hang_up: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// The number of the next one.
-    async fn next(&mut self) -> u8 {
-        tokio::select! {
-            _ = self.interrupt.recv() => 2,
-            _ = self.terminate.recv() => 15,
-            _ = self.hang_up.recv() => 1,
-        }
-    }
 }

@@ -1,0 +1,116 @@
+//! What makes a fork a machine of its own: machine id, host name, SSH host keys.
+
+use super::Error;
+use crate::init;
+use crate::reaper::Reaper;
+use crate::sys::spawn::Spawn;
+use rustix::fd::AsFd;
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+const MACHINE_ID: &str = "/etc/machine-id";
+/// D-Bus has a copy where it is no link.
+const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
+const HOSTNAME: &str = "/etc/hostname";
+const SSH: &str = "/etc/ssh";
+const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
+
+/// A fork's identity.
+pub(super) struct New {
+    hostname: Option<String>,
+    machine_id: Option<String>,
+}
+
+impl New {
+    pub(super) fn checked(hostname: Option<String>, machine_id: Option<String>) -> Result<New, Error> {
+        let letter = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+        if let Some(name) =
+            hostname.as_ref().filter(|name| !(1..=64).contains(&name.len()) || !name.bytes().all(letter))
+        {
+            return Err(Error::Hostname(name.clone()));
+        }
+        let digit = |byte: u8| byte.is_ascii_hexdigit();
+        if let Some(id) = machine_id.as_ref().filter(|id| id.len() != 32 || !id.bytes().all(digit)) {
+            return Err(Error::MachineId(id.clone()));
+        }
+        Ok(New { hostname, machine_id: machine_id.map(|id| id.to_ascii_lowercase()) })
+    }
+
+    /// Writes the machine id, a random one unless one was given, and returns it.
+    pub(super) fn write_machine_id(&self) -> io::Result<String> {
+        let id = match &self.machine_id {
+            Some(id) => id.clone(),
+            None => fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', ""),
+        };
+        replace(MACHINE_ID, &format!("{id}\n"), 0o444)?;
+        if fs::symlink_metadata(DBUS_MACHINE_ID).is_ok_and(|metadata| metadata.is_file()) {
+            replace(DBUS_MACHINE_ID, &format!("{id}\n"), 0o444)?;
+        }
+        Ok(id)
+    }
+
+    /// Takes the new name, if there is one.
+    pub(super) fn rename(&self) -> io::Result<Option<String>> {
+        if let Some(name) = &self.hostname {
+            init::rename(name)?;
+            replace(HOSTNAME, &format!("{name}\n"), 0o644)?;
+        }
+        Ok(self.hostname.clone())
+    }
+}
+
+/// Gives a machine an id that has none yet, as an image has.
+pub fn ensure_machine_id() -> io::Result<()> {
+    match fs::read_to_string(MACHINE_ID) {
+        Ok(id) if !id.trim().is_empty() => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => New { hostname: None, machine_id: None }.write_machine_id().map(drop),
+    }
+}
+
+/// Writes a file as a whole: who reads it sees the old content or the new.
+fn replace(path: &str, content: &str, mode: u32) -> io::Result<()> {
+    let beside = format!("{path}.envd");
+    fs::write(&beside, content)?;
+    fs::set_permissions(&beside, fs::Permissions::from_mode(mode))?;
+    fs::rename(&beside, path)
+}
+
+/// Removes the SSH host keys, which a twin has as well, and has new ones made; false where there were none. Making them takes
+/// seconds, so nobody waits for that: until then sshd has no key rather than a shared one.
+pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
+    let mut removed = false;
+    let entries = match fs::read_dir(SSH) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"ssh_host_") {
+            fs::remove_file(entry.path())?;
+            removed = true;
+        }
+    }
+    if removed && Path::new(SSH_KEYGEN).exists() {
+        let null = fs::File::options().read(true).write(true).open("/dev/null")?;
+        let spawned = reaper.spawn(&Spawn {
+            candidates: &[c"/usr/bin/ssh-keygen".to_owned()],
+            argv: &[c"ssh-keygen".to_owned(), c"-A".to_owned()],
+            env: &[c"PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(), c"HOME=/root".to_owned()],
+            cwd: c"/",
+            stdin: null.as_fd(),
+            stdout: null.as_fd(),
+            stderr: null.as_fd(),
+            terminal: false,
+            identity: None,
+            cgroup: None,
+            oom_score_adj: c"100",
+            open_files: 1024,
+        });
+        spawned.map_err(io::Error::other)?;
+    }
+    Ok(removed)
+}

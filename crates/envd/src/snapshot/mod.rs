@@ -1,0 +1,127 @@
+//! What happens in the guest around a snapshot: [`prepare`] before, [`restore`] after. The contract is
+//! [`guest_api::Init`]'s.
+//!
+//! A restored guest is a copy of its own past, or of another's: its clock is late, its random generator is known to its
+//! twins, its connections lead to nobody. It refuses to call any of that done when it is not: the first step that fails is
+//! the answer, and a repeated call does all of them again.
+
+mod connections;
+mod identity;
+
+pub use identity::ensure_machine_id;
+
+use crate::reaper::Reaper;
+use crate::{clock, sys};
+use base64::Engine;
+use guest_api::{Restore, RestoreKind, Restored};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+const ENTROPY_BYTES: std::ops::RangeInclusive<usize> = 32..=512;
+
+/// Why a restored guest is not ready.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("restore.entropy must be {} to {} bytes in base64", ENTROPY_BYTES.start(), ENTROPY_BYTES.end())]
+    Entropy,
+    #[error("restore.hostname '{0}' must be 1 to 64 letters, digits, '-' and '.'")]
+    Hostname(String),
+    #[error("restore.machineId '{0}' must be 32 hexadecimal digits")]
+    MachineId(String),
+    #[error("reseeding the random generator")]
+    Reseed(#[source] io::Error),
+    #[error("stepping the clock")]
+    Clock(#[source] io::Error),
+    #[error("ending the connections of before")]
+    Connections(#[source] io::Error),
+    #[error("renewing the machine's identity")]
+    Identity(#[source] io::Error),
+}
+
+impl Error {
+    /// The caller asked for what cannot be, rather than the guest being unable to do it.
+    pub fn is_callers(&self) -> bool {
+        match self {
+            Error::Entropy | Error::Hostname(_) | Error::MachineId(_) => true,
+            Error::Reseed(_) | Error::Clock(_) | Error::Connections(_) | Error::Identity(_) => false,
+        }
+    }
+}
+
+/// A checked [`Restore`].
+pub struct Plan {
+    entropy: Vec<u8>,
+    fork: Option<identity::New>,
+}
+
+/// Writes every file system to its disk. Blocks.
+pub fn prepare() {
+    rustix::fs::sync();
+}
+
+impl Plan {
+    pub fn new(restore: Restore) -> Result<Plan, Error> {
+        let entropy = base64::engine::general_purpose::STANDARD.decode(&restore.entropy).unwrap_or_default();
+        if !ENTROPY_BYTES.contains(&entropy.len()) {
+            return Err(Error::Entropy);
+        }
+        let fork = match restore.kind {
+            RestoreKind::Resume => None,
+            RestoreKind::Fork => Some(identity::New::checked(restore.hostname, restore.machine_id)?),
+        };
+        Ok(Plan { entropy, fork })
+    }
+
+    /// Makes the guest a machine of its own. `host_time` is the host's clock in seconds since the epoch; the connection from
+    /// `caller` stays. Blocks. Only for an envd that is init: everything here is the machine's.
+    pub fn carry_out(&self, host_time: f64, caller: SocketAddr, reaper: &Arc<Reaper>) -> Result<Restored, Error> {
+        // First, for what follows draws from it.
+        sys::random::reseed(&self.entropy).map_err(Error::Reseed)?;
+        let clock_offset = clock::step(host_time).map_err(Error::Clock)?;
+        let connections_closed = connections::close_all_but(caller).map_err(Error::Connections)?;
+        let mut restored = Restored {
+            clock_offset,
+            rng_reseeded: true,
+            connections_closed,
+            machine_id: None,
+            hostname: None,
+            ssh_host_keys_removed: false,
+        };
+        if let Some(fork) = &self.fork {
+            restored.machine_id = Some(fork.write_machine_id().map_err(Error::Identity)?);
+            restored.hostname = fork.rename().map_err(Error::Identity)?;
+            restored.ssh_host_keys_removed = identity::renew_ssh_keys(reaper).map_err(Error::Identity)?;
+        }
+        Ok(restored)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_is_refused_before_anything_is_done() {
+        let restore = Restore {
+            kind: RestoreKind::Fork,
+            entropy: base64::engine::general_purpose::STANDARD.encode([7; 32]),
+            hostname: Some("a-1.b".to_owned()),
+            machine_id: Some("0123456789abcdef0123456789ABCDEF".to_owned()),
+        };
+        assert!(Plan::new(restore.clone()).is_ok());
+        let short = base64::engine::general_purpose::STANDARD.encode([7; 31]);
+        for entropy in ["", "nonsense!", &short, &"AAAA".repeat(200)] {
+            let bad = Restore { entropy: entropy.to_owned(), ..restore.clone() };
+            assert!(matches!(Plan::new(bad), Err(Error::Entropy)), "{entropy}");
+        }
+        for name in ["", "a b", "a/b", "a\n", &"x".repeat(65)] {
+            let bad = Restore { hostname: Some(name.to_owned()), ..restore.clone() };
+            assert!(matches!(Plan::new(bad), Err(Error::Hostname(_))), "{name}");
+        }
+        for id in ["", "0123", &"g".repeat(32), &"0".repeat(33)] {
+            let bad = Restore { machine_id: Some(id.to_owned()), ..restore.clone() };
+            assert!(matches!(Plan::new(bad), Err(Error::MachineId(_))), "{id}");
+        }
+    }
+}

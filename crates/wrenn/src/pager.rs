@@ -1,0 +1,80 @@
+//! `wrenn pager`: the page server of one resumed capsule, started by the agent and not by people.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::terminal;
+
+/// Serves the memory of one resumed microVM until it is all there, the VMM is gone, or SIGTERM. Says `ready` on standard
+/// output when the VMM can connect. Exits with 0, or when the microVM has to be ended: with 10 if the snapshot is damaged,
+/// 11 if the host failed, 12 if the VMM misbehaved.
+#[derive(Debug, Args)]
+pub struct PagerCommand {
+    /// Where to listen for the VMM.
+    #[arg(long)]
+    socket: PathBuf,
+    /// The snapshot's header.
+    #[arg(long)]
+    header: PathBuf,
+    /// The directory of the snapshot's generations.
+    #[arg(long)]
+    generations: PathBuf,
+    /// The user that the VMM runs as; nobody else may connect.
+    #[arg(long)]
+    vmm_uid: Option<u32>,
+    /// A recorded working set to fetch before it is asked for.
+    #[arg(long)]
+    prefetch: Option<PathBuf>,
+    /// Where to record the working set of this resume.
+    #[arg(long)]
+    record: Option<PathBuf>,
+    /// For how long to record.
+    #[arg(long, default_value_t = 10)]
+    record_seconds: u64,
+    /// How long the VMM may take to connect, and then to hand its memory over.
+    #[arg(long, default_value_t = 60)]
+    patience_seconds: u64,
+}
+
+impl PagerCommand {
+    /// Runs on this thread and those of the pager, without a runtime: there is one such process per resumed capsule.
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        match self.serve() {
+            Ok(_) => Ok(ExitCode::SUCCESS),
+            Err(error) => {
+                let code = error.downcast_ref::<pager::Error>().map(pager::Error::exit_code);
+                terminal::error(&error);
+                Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+            }
+        }
+    }
+
+    fn serve(self) -> Result<pager::Ended> {
+        // Before there are threads, so that none of them takes the signal.
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGTERM);
+        signals.thread_block().context("blocking SIGTERM")?;
+        let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("listening for SIGTERM")?;
+        let pager = pager::Pager::listen(pager::Config {
+            socket: self.socket,
+            header: self.header,
+            generations: self.generations,
+            vmm_uid: self.vmm_uid,
+            prefetch: self.prefetch,
+            record: self.record,
+            record_for: Duration::from_secs(self.record_seconds),
+            patience: Duration::from_secs(self.patience_seconds),
+        })?;
+        // The agent may have gone while we opened the snapshot, which does not concern the VMM.
+        let _ = io::stdout().lock().write_all(b"ready\n").and_then(|()| io::stdout().lock().flush());
+        Ok(pager.serve(stop.as_fd())?)
+    }
+}
