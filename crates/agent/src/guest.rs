@@ -4,20 +4,23 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use agent_api::CapsuleState;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use base64::Engine;
 use bytes::Bytes;
-use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT, Restore, RestoreKind, Restored};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{StatusCode, Uri};
 use http_body_util::Full;
 use proxy::{Upstream, boxed};
 use tokio::net::TcpStream;
+use tracing::warn;
 
 use crate::Agent;
-use crate::capsule::Counted;
+use crate::capsule::Cut;
 
 /// The header in which envd wants its token. Whatever a caller sends in it is replaced.
 const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
@@ -26,6 +29,10 @@ const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
 const DIAL: Duration = Duration::from_millis(50);
 /// Pause after a refused dial: the guest's network is up and envd is about to listen.
 const REFUSED: Duration = Duration::from_millis(2);
+/// How long a guest may take to ready itself for a snapshot, per step.
+const ORDER: Duration = Duration::from_secs(5);
+/// Bytes of entropy that a restored guest gets.
+const ENTROPY: usize = 64;
 /// Answers of envd to the agent are small.
 const ANSWER_LIMIT: usize = 64 << 10;
 
@@ -41,9 +48,25 @@ pub enum Error {
     /// An answer, but not the one that was hoped for.
     #[error("envd answered {status} to {path}: {body}")]
     Refused { path: &'static str, status: StatusCode, body: String },
+    /// A restored guest that does not say that it is nobody's twin.
+    #[error("the guest did not confirm that its randomness is its own")]
+    Unconfirmed,
+    /// No entropy for a restored guest.
+    #[error("drawing entropy for the guest")]
+    Entropy(#[source] getrandom::Error),
     /// An answer that is not the JSON it should be.
     #[error("envd's answer to {path} is not understood")]
     Malformed { path: &'static str, source: serde_json::Error },
+}
+
+/// What a restored guest is told besides what a booted one is.
+pub struct Restoring<'a> {
+    /// What the snapshot is to it.
+    pub kind: RestoreKind,
+    /// Its new name.
+    pub hostname: Option<&'a str>,
+    /// The token of before.
+    pub token: &'a str,
 }
 
 /// One guest's envd, its token, and the connections to it.
@@ -66,39 +89,96 @@ impl Guest {
         Self { address, upstream: Upstream::new(address), token }
     }
 
+    /// What envd demands of every request.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
     /// Waits, without a limit of its own, until envd answers.
     pub async fn first_answer(&self) -> Result<Health, Error> {
-        loop {
-            match tokio::time::timeout(DIAL, TcpStream::connect(self.address)).await {
-                Ok(Ok(_)) => break,
-                Ok(Err(_)) => tokio::time::sleep(REFUSED).await,
-                Err(_) => {}
-            }
-        }
+        self.reached().await;
         let path = "/health";
-        let body = self.ask(path, http::Method::GET, Bytes::new()).await?;
+        let body = self.ask(path, http::Method::GET, Bytes::new(), &self.token).await?;
         serde_json::from_slice(&body).map_err(|source| Error::Malformed { path, source })
     }
 
     /// Gives envd its token, the time and the environment. From then on it answers only to this agent.
     pub async fn init(&self, default_env: &BTreeMap<String, String>) -> Result<(), Error> {
-        let init = Init {
+        self.ask("/init", http::Method::POST, body(&self.settings(default_env)), &self.token).await.map(drop)
+    }
+
+    /// The same for a guest that wakes from a snapshot, as soon as it can be reached. Succeeds only when it confirms that
+    /// it is a machine of its own.
+    pub async fn restore(
+        &self,
+        default_env: &BTreeMap<String, String>,
+        restoring: &Restoring<'_>,
+    ) -> Result<(), Error> {
+        self.reached().await;
+        let mut entropy = [0; ENTROPY];
+        getrandom::fill(&mut entropy).map_err(Error::Entropy)?;
+        let restore = Restore {
+            kind: restoring.kind,
+            entropy: base64::engine::general_purpose::STANDARD.encode(entropy),
+            hostname: restoring.hostname.map(str::to_owned),
+            machine_id: None,
+        };
+        let init = Init { restore: Some(restore), ..self.settings(default_env) };
+        let path = "/init";
+        let answer = self.ask(path, http::Method::POST, body(&init), restoring.token).await?;
+        let restored: Restored = serde_json::from_slice(&answer).map_err(|source| Error::Malformed { path, source })?;
+        if restored.rng_reseeded { Ok(()) } else { Err(Error::Unconfirmed) }
+    }
+
+    /// Readies the guest for a snapshot: file systems written, users' processes still. Whatever it does not do in time is
+    /// only less convenient, and nothing that a guest can keep itself from being paused with.
+    pub async fn prepare(&self) {
+        for path in ["/snapshot/prepare", "/freeze"] {
+            self.order(path).await;
+        }
+    }
+
+    /// Lets users' processes go on that [`prepare`](Self::prepare) has stopped.
+    pub async fn unfreeze(&self) {
+        self.order("/unfreeze").await;
+    }
+
+    async fn order(&self, path: &'static str) {
+        let asked = self.ask(path, http::Method::POST, Bytes::new(), &self.token);
+        match tokio::time::timeout(ORDER, asked).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => warn!(guest = ?self, path, error = crate::chain(&error), "the guest did not do it"),
+            Err(_) => warn!(guest = ?self, path, "the guest did not do it in time"),
+        }
+    }
+
+    /// Waits until envd can be dialled.
+    async fn reached(&self) {
+        loop {
+            match tokio::time::timeout(DIAL, TcpStream::connect(self.address)).await {
+                Ok(Ok(_)) => return,
+                Ok(Err(_)) => tokio::time::sleep(REFUSED).await,
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn settings(&self, default_env: &BTreeMap<String, String>) -> Init {
+        Init {
             access_token: Some(self.token.clone()),
             default_user: Some("root".into()),
             env_vars: Some(default_env.clone().into_iter().collect()),
             timestamp: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64()),
             ..Init::default()
-        };
-        let body = serde_json::to_vec(&init).expect("an Init has only JSON types");
-        self.ask("/init", http::Method::POST, body.into()).await.map(drop)
+        }
     }
 
-    async fn ask(&self, path: &'static str, method: http::Method, body: Bytes) -> Result<Bytes, Error> {
+    async fn ask(&self, path: &'static str, method: http::Method, body: Bytes, token: &str) -> Result<Bytes, Error> {
         let request = http::Request::builder()
             .method(method)
             .uri(path)
             .header(CONTENT_TYPE, "application/json")
-            .header(TOKEN, &self.token)
+            .header(TOKEN, token)
             .body(boxed(Full::new(body)))
             .expect("the parts of this request are constants and a hex token");
         let response = self.upstream.forward(request).await.map_err(Error::Ask)?;
@@ -111,9 +191,14 @@ impl Guest {
     }
 }
 
-/// `/guest/{capsule}/{path}`: waits while the capsule starts, then passes the request on as it is, under `path` and with
-/// envd's token. Problems on the way are told in the form of a Connect error: 404 `not_found` for a capsule that is not or
-/// no longer here, 503 `unavailable` for one that does not answer.
+fn body(init: &Init) -> Bytes {
+    serde_json::to_vec(init).expect("an Init has only JSON types").into()
+}
+
+/// `/guest/{capsule}/{path}`: waits while the capsule starts, pauses or resumes, then passes the request on as it is, under
+/// `path` and with envd's token. Problems on the way are told in the form of a Connect error: 404 `not_found` for a capsule
+/// that is not or no longer here, 409 `failed_precondition` for one that is paused, 503 `unavailable` for one that does not
+/// answer.
 pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Response {
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
@@ -121,17 +206,32 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     let Some(capsule) = id.parse().ok().and_then(|id| agent.capsule(id)) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", format!("no capsule `{id}` on this host"));
     };
-    let observed = capsule.settled().await;
-    let Some(guest) = observed.guest else {
-        return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {}", observed.reason));
+    let (guest, open) = loop {
+        let settled = capsule.settled().await;
+        // Counted first: who closes the gate and then counts has seen either this, or that it was turned away.
+        let open = capsule.traffic.enter();
+        match capsule.observed().guest {
+            Some(guest) => break (guest, open),
+            None if settled.state == CapsuleState::Paused => {
+                return refusal(StatusCode::CONFLICT, "failed_precondition", format!("capsule {id} is paused"));
+            }
+            None if settled.has_ended() => {
+                let reason = settled.reason;
+                return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {reason}"));
+            }
+            None => {}
+        }
     };
     *request.uri_mut() = Uri::from(path);
     let token = HeaderValue::from_str(&guest.token).expect("a token is hex");
     request.headers_mut().insert(TOKEN, token);
-    let request = request.map(|body| boxed(Counted::new(body, capsule.traffic.clone())));
-    match guest.upstream.forward(request).await {
-        Ok(response) => response.map(|body| Body::new(Counted::new(body, capsule.traffic))),
-        Err(error) => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", crate::chain(&error)),
+    let request = request.map(|body| boxed(open.request(body)));
+    tokio::select! {
+        answer = guest.upstream.forward(request) => match answer {
+            Ok(response) => response.map(|body| Body::new(open.answer(body))),
+            Err(error) => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", crate::chain(&error)),
+        },
+        () = open.cut() => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", Cut.to_string()),
     }
 }
 

@@ -9,7 +9,20 @@ use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
 use sha2::{Digest, Sha256};
+use snapshot::Store;
+use tracing::{debug, warn};
 use vmm::cgroup::Cgroup;
+
+use crate::boot::Boots;
+use crate::capsule::files;
+
+const CAPSULES: &str = "capsules";
+const TEMPLATES: &str = "templates";
+/// Points of forks, and guests that only exist to be boot snapshots.
+const PASSING: &str = "passing";
+const BOOTS: &str = "boots";
+/// All directories whose directories may have headers.
+const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
 
 /// How an agent is set up. Complete before anything is opened.
 #[derive(Debug, Clone)]
@@ -22,6 +35,22 @@ pub struct Config {
     pub kernel: PathBuf,
     /// Image files by template name.
     pub templates: BTreeMap<String, PathBuf>,
+    /// The program that serves the memory of resumed guests, with the words before its options: `wrenn pager`.
+    pub pager: (PathBuf, Vec<String>),
+    /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
+    /// boot snapshots and uses none.
+    pub boot_snapshots: Option<Sizes>,
+}
+
+/// The sizes of a capsule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sizes {
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Size of the root disk in MiB.
+    pub disk_mib: u32,
 }
 
 /// The shared parts. Dropping it gives nothing back; see [`crate::Agent::close`].
@@ -36,6 +65,10 @@ pub struct Host {
     pub cgroups: Cgroup,
     /// Images by name, imported.
     pub images: BTreeMap<String, PathBuf>,
+    /// The memory of everything that is saved here.
+    pub memory: Store,
+    /// What is begun from in place of booting an image.
+    pub boots: Boots,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
     pub instance: String,
 }
@@ -61,6 +94,9 @@ pub enum Error {
     /// The cgroups.
     #[error("making the cgroup of this agent")]
     Cgroup(#[source] vmm::cgroup::Error),
+    /// The memory of what was saved.
+    #[error("opening the store of saved memory")]
+    Memory(#[source] snapshot::Error),
 }
 
 /// Giving back what capsules shared.
@@ -96,15 +132,43 @@ impl Host {
             let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
-        let host = Self { config, network: Arc::new(network), disks, cgroups, images, instance };
-        let capsules = host.capsules();
-        std::fs::create_dir_all(&capsules).map_err(|source| Error::Dir(capsules, source))?;
-        Ok(host)
+        for dir in DIRS {
+            let dir = disks.root().join(dir);
+            std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
+        }
+        let (memory, broken) = Store::open(disks.root(), headers(disks.root())).map_err(Error::Memory)?;
+        for header in broken {
+            warn!(header = %header.path.display(), error = crate::chain(&header.error), "a snapshot of an earlier run is damaged");
+        }
+        let boots = Boots::open(&config, &images, disks.root(), &memory)
+            .map_err(|source| Error::Dir(disks.root().join(BOOTS), source))?;
+        Ok(Self { config, network: Arc::new(network), disks, cgroups, images, instance, memory, boots })
     }
 
     /// The directory of all capsules' directories.
     pub fn capsules(&self) -> PathBuf {
-        self.disks.root().join("capsules")
+        self.disks.root().join(CAPSULES)
+    }
+
+    /// The directory of the templates that came of capsules.
+    pub fn templates(&self) -> PathBuf {
+        self.disks.root().join(TEMPLATES)
+    }
+
+    /// A directory that does not exist yet, for the template `name`: not the name alone, as a template of that name may have
+    /// been deleted and still be in use.
+    pub fn template_dir(&self, name: &str) -> PathBuf {
+        self.templates().join(format!("{name}@{}", CapsuleId::random()))
+    }
+
+    /// A directory that does not exist yet, for a point that nobody will find again.
+    pub fn passing(&self) -> PathBuf {
+        self.passing_all().join(CapsuleId::random().to_string())
+    }
+
+    /// The directory of all those.
+    pub fn passing_all(&self) -> PathBuf {
+        self.disks.root().join(PASSING)
     }
 
     /// Claims the lowest free slot of the machine.
@@ -148,6 +212,12 @@ impl Host {
         blocking(move || backend.clone(&image, &dest, Some(size)))
     }
 
+    /// Makes another disk that is what `disk` is now.
+    pub fn clone_disk(&self, disk: &Path, dest: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (backend, disk, dest) = (self.disks.backend(), disk.to_owned(), dest.to_owned());
+        blocking(move || backend.clone(&disk, &dest, None))
+    }
+
     /// The cgroup in which the VMM of a capsule and all its children live.
     pub fn cgroup(&self, id: CapsuleId) -> Cgroup {
         self.cgroups.child(&id.to_string())
@@ -170,8 +240,28 @@ impl Host {
 }
 
 /// Runs what blocks where it stops nobody else.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("the work does not panic, and nobody aborts it")
+}
+
+/// Removes what memory nobody refers to any more, where it stops nobody.
+pub fn collect(memory: &Store) {
+    let memory = memory.clone();
+    let collect = move || match memory.collect() {
+        Ok(collected) if collected.files > 0 => debug!(?collected, "removed saved memory"),
+        Ok(_) => {}
+        Err(error) => warn!(error = crate::chain(&error), "saved memory that nobody needs stays for now"),
+    };
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) => drop(runtime.spawn_blocking(collect)),
+        Err(_) => collect(),
+    }
+}
+
+/// Every header below `root`.
+fn headers(root: &Path) -> Vec<PathBuf> {
+    let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
+    dirs.flat_map(|entry| files::headers(&entry.path())).collect()
 }
 
 fn instance(dir: &Path) -> String {

@@ -3,10 +3,14 @@
 //! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
 //! same listener ([`guest`]); behind both, one driver task owns each capsule ([`capsule`]).
 
+mod boot;
 pub mod capsule;
+mod fork;
 pub mod guest;
 pub mod host;
+pub mod point;
 mod rpc;
+mod templates;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -18,17 +22,22 @@ use std::time::{Duration, Instant};
 use api::CapsuleId;
 use axum::Router;
 use axum::routing::any;
+use futures::StreamExt;
 use futures::future::join_all;
 
+use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal};
-pub use host::Config;
 use host::Host;
+pub use host::{Config, Sizes};
+use templates::Templates;
 
 /// How long the agent remembers a capsule that has ended, for callers that ask what became of it.
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How many of those at most; the oldest go first.
 const REMEMBER_MOST: usize = 1000;
+/// How many capsules are paused at the same time when all are.
+const PAUSES_AT_ONCE: usize = 4;
 
 /// Starting an agent.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +48,9 @@ pub enum Error {
     /// What an earlier run left could not be taken over.
     #[error("taking over from an earlier run")]
     Recover(#[from] recover::Error),
+    /// The templates that came of capsules could not be read.
+    #[error("reading the templates")]
+    Templates(#[source] io::Error),
     /// What capsules shared could not be given back.
     #[error("closing this host")]
     Close(#[from] host::CloseError),
@@ -49,6 +61,7 @@ pub enum Error {
 pub struct Agent {
     host: Arc<Host>,
     capsules: Arc<Mutex<HashMap<CapsuleId, Entry>>>,
+    templates: Arc<Templates>,
 }
 
 struct Entry {
@@ -58,12 +71,16 @@ struct Entry {
 }
 
 impl Agent {
-    /// Opens the host and takes over what runs on it.
+    /// Opens the host and takes over what is on it.
     pub async fn open(config: Config) -> Result<Self, Error> {
         let host = Arc::new(Host::open(config)?);
-        let running = recover(&host).await?;
-        let entries = running.into_iter().map(|(id, handle)| (id, Entry { handle, ended: None })).collect();
-        Ok(Self { host, capsules: Arc::new(Mutex::new(entries)) })
+        let found = recover(&host).await?;
+        let entries = found.into_iter().map(|(id, handle)| (id, Entry { handle, ended: None })).collect();
+        let templates = Templates::open(&host).map_err(Error::Templates)?;
+        if let Some(sizes) = host.config.boot_snapshots {
+            host.images.keys().for_each(|image| Boots::want(&host, image, sizes));
+        }
+        Ok(Self { host, capsules: Arc::new(Mutex::new(entries)), templates: Arc::new(templates) })
     }
 
     /// Where an agent that shares its process with the control plane listens: short, whatever the data directory is.
@@ -85,16 +102,14 @@ impl Agent {
     }
 
     /// Starts a capsule, or answers with the one of that id that is already there.
-    fn create(&self, spec: Spec) -> io::Result<Handle> {
+    fn create(&self, spec: Spec, from: driver::From) -> io::Result<Handle> {
         let mut capsules = self.lock();
         if let Some(entry) = capsules.get(&spec.id) {
             return Ok(entry.handle.clone());
         }
         let id = spec.id;
-        let mut token = [0; 32];
-        getrandom::fill(&mut token).map_err(io::Error::other)?;
-        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, hex::encode(token))?;
-        let handle = driver::spawn_start(self.host.clone(), journal);
+        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, random_token()?)?;
+        let handle = driver::spawn_start(self.host.clone(), journal, from);
         capsules.insert(id, Entry { handle: handle.clone(), ended: None });
         Ok(handle)
     }
@@ -145,23 +160,46 @@ impl Agent {
 
     /// Ends every capsule.
     pub async fn destroy_all(&self) {
-        join_all(self.list().iter().map(|handle| async {
-            handle.destroy().await;
-            handle.gone().await;
-        }))
-        .await;
+        self.host.boots.stop().await;
+        join_all(self.list().iter().map(Handle::destroy)).await;
     }
 
-    /// Gives back what the agent itself holds. Only for an agent without capsules; one that merely stops leaves all as
-    /// it is, for the next to take over.
+    /// Pauses every capsule that runs or is about to. Those that could not be paused run on, and are told with the reason.
+    pub async fn pause_all(&self) -> Vec<(CapsuleId, String)> {
+        self.host.boots.stop().await;
+        let pausing = self.list().into_iter().map(|handle| async move {
+            let settled = handle.settled().await;
+            if settled.has_ended() {
+                return None;
+            }
+            handle.pause().await.err().map(|error| (handle.spec.id, chain(&error)))
+        });
+        // Each writes to the same disk, so more at once would not be done sooner.
+        futures::stream::iter(pausing).buffer_unordered(PAUSES_AT_ONCE).filter_map(std::future::ready).collect().await
+    }
+
+    /// Gives back what the agent itself holds. Only for an agent of whose capsules nothing runs: paused ones are left as
+    /// they are, for the next to take over. An agent that merely stops needs none of this.
     pub async fn close(self) -> Result<(), Error> {
-        let host = Arc::into_inner(self.host).ok_or(host::CloseError::InUse)?;
+        self.host.boots.stop().await;
+        let handles: Vec<Handle> = self.lock().drain().map(|(_, entry)| entry.handle).collect();
+        join_all(handles.into_iter().map(Handle::leave)).await;
+        let Self { host, templates, .. } = self;
+        drop(templates);
+        let host = Arc::into_inner(host).ok_or(host::CloseError::InUse)?;
         Ok(host.close().await?)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<CapsuleId, Entry>> {
         self.capsules.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A new token for a guest's envd, in hex.
+fn random_token() -> io::Result<String> {
+    let mut token = [0; 32];
+    getrandom::fill(&mut token).map_err(io::Error::other)?;
+    Ok(hex::encode(token))
 }
 
 /// An error and its causes on one line.

@@ -1,5 +1,6 @@
 //! The host agent service: messages in, capsules asked, messages out.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use agent_api::*;
@@ -7,8 +8,14 @@ use api::CapsuleId;
 use axum::Router;
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult};
 
-use crate::Agent;
-use crate::capsule::{Handle, Spec};
+use crate::capsule::driver::From;
+use crate::capsule::{Handle, Refused, Spec, start};
+use crate::point::Meta;
+use crate::templates::CaptureError;
+use crate::{Agent, templates};
+
+/// Children of one fork.
+const MOST_CHILDREN: usize = 100;
 
 /// The service, ready to be mounted.
 pub fn router(agent: Agent) -> Router {
@@ -23,11 +30,13 @@ impl HostAgent for Agent {
     ) -> ServiceResult<CreateCapsuleResponse> {
         let request = request.to_owned_message();
         let spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
-        let spec = parse(spec)?;
-        if !self.has_image(&spec.image) {
-            return Err(ConnectError::not_found(format!("this host has no image `{}`", spec.image)));
+        let template = self.template(&spec.image);
+        if template.is_none() && !self.has_image(&spec.image) {
+            return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
         }
-        let handle = self.create(spec).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
+        let spec = parse(spec, template.as_ref().map(|point| &point.meta))?;
+        let from = template.map_or(From::Image, From::Point);
+        let handle = self.create(spec, from).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         let observed = handle.settled().await;
         if observed.state == CapsuleState::Failed {
             let failed = if observed.host_full { ConnectError::resource_exhausted } else { ConnectError::internal };
@@ -55,14 +64,96 @@ impl HostAgent for Agent {
         Response::ok(ListCapsulesResponse { capsules: self.list().iter().map(message).collect(), ..Default::default() })
     }
 
+    async fn pause_capsule(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, PauseCapsuleRequest>,
+    ) -> ServiceResult<PauseCapsuleResponse> {
+        let handle = self.living(request.id)?;
+        handle.pause().await.map_err(refused)?;
+        Response::ok(PauseCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
+    }
+
+    async fn resume_capsule(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ResumeCapsuleRequest>,
+    ) -> ServiceResult<ResumeCapsuleResponse> {
+        let handle = self.living(request.id)?;
+        handle.resume().await.map_err(refused)?;
+        Response::ok(ResumeCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
+    }
+
+    async fn fork_capsule(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, ForkCapsuleRequest>,
+    ) -> ServiceResult<ForkCapsuleResponse> {
+        let request = request.to_owned_message();
+        let parent = self.living(&request.id)?;
+        let ids = request.children.iter().map(|text| id(text)).collect::<Result<Vec<_>, _>>()?;
+        let distinct: HashSet<_> = ids.iter().collect();
+        if !(1..=MOST_CHILDREN).contains(&ids.len()) || distinct.len() < ids.len() {
+            let message = format!("children must be 1 to {MOST_CHILDREN} different ids");
+            return Err(ConnectError::invalid_argument(message));
+        }
+        let specs = ids.iter().map(|id| Spec { id: *id, ..(*parent.spec).clone() }).collect();
+        let agent = self.clone();
+        // Children that are begun are finished, whether or not somebody waits for them.
+        let forked = tokio::spawn(async move { agent.fork(&parent, specs).await }).await;
+        let forked = forked.expect("the work does not panic, and nobody aborts it");
+        let children = forked.map_err(|error| capture_failed(error.0))?.into_iter().zip(ids).map(|(child, id)| {
+            let id = id.to_string();
+            match child {
+                Ok(handle) => Child { id, capsule: message(&handle).into(), ..Default::default() },
+                Err(reason) => Child { id, reason, ..Default::default() },
+            }
+        });
+        Response::ok(ForkCapsuleResponse { children: children.collect(), ..Default::default() })
+    }
+
+    async fn snapshot_capsule(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SnapshotCapsuleRequest>,
+    ) -> ServiceResult<SnapshotCapsuleResponse> {
+        let request = request.to_owned_message();
+        let capsule = self.living(&request.id)?;
+        let made = self.make_template(capsule, request.name.clone()).await;
+        let meta = made.map_err(|error| match error {
+            templates::Error::Name(_) => ConnectError::invalid_argument(crate::chain(&error)),
+            templates::Error::Exists(_) => ConnectError::already_exists(error.to_string()),
+            templates::Error::Capture(error) => capture_failed(error),
+            templates::Error::Keep(_) => ConnectError::internal(crate::chain(&error)),
+        })?;
+        let template = template(request.name, &meta);
+        Response::ok(SnapshotCapsuleResponse { template: template.into(), ..Default::default() })
+    }
+
+    async fn delete_template(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, DeleteTemplateRequest>,
+    ) -> ServiceResult<DeleteTemplateResponse> {
+        self.forget_template(request.name);
+        Response::ok(DeleteTemplateResponse::default())
+    }
+
+    async fn list_templates(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListTemplatesRequest>,
+    ) -> ServiceResult<ListTemplatesResponse> {
+        let templates = self.templates().into_iter().map(|(name, meta)| template(name, &meta)).collect();
+        Response::ok(ListTemplatesResponse { templates, ..Default::default() })
+    }
+
     async fn touch_capsule(
         &self,
         _: RequestContext,
         request: ServiceRequest<'_, TouchCapsuleRequest>,
     ) -> ServiceResult<TouchCapsuleResponse> {
-        let id = id(request.id)?;
-        let handle = self.capsule(id).filter(|handle| !handle.observed().has_ended());
-        handle.ok_or_else(|| ConnectError::not_found(format!("no capsule {id} on this host")))?.traffic.touch();
+        self.living(request.id)?.traffic.touch();
         Response::ok(TouchCapsuleResponse::default())
     }
 
@@ -89,8 +180,50 @@ fn id(text: &str) -> Result<CapsuleId, ConnectError> {
     text.parse().map_err(|error| ConnectError::invalid_argument(format!("id: {error}")))
 }
 
-fn parse(spec: CapsuleSpec) -> Result<Spec, ConnectError> {
+impl Agent {
+    /// The capsule of that id, if it has not ended.
+    fn living(&self, text: &str) -> Result<Handle, ConnectError> {
+        let id = id(text)?;
+        let handle = self.capsule(id).filter(|handle| !handle.observed().has_ended());
+        handle.ok_or_else(|| ConnectError::not_found(format!("no capsule {id} on this host")))
+    }
+}
+
+fn refused(refused: Refused) -> ConnectError {
+    let message = crate::chain(&refused);
+    match refused {
+        Refused::Ended(_) => ConnectError::not_found(message),
+        Refused::NotRunning => ConnectError::failed_precondition(message),
+        Refused::Resume(start::Error::Claim(_)) => ConnectError::resource_exhausted(message),
+        Refused::Resume(error) if error.is_damage() => ConnectError::data_loss(message),
+        Refused::Save(_) | Refused::Resume(_) => ConnectError::internal(message),
+    }
+}
+
+fn capture_failed(error: CaptureError) -> ConnectError {
+    match error {
+        CaptureError::Dir(_) => ConnectError::internal(crate::chain(&error)),
+        CaptureError::Refused(reason) => refused(reason),
+    }
+}
+
+/// A spec that can be made, from a template if there is one.
+fn parse(mut spec: CapsuleSpec, template: Option<&Meta>) -> Result<Spec, ConnectError> {
     let id = id(&spec.id)?;
+    if let Some(Meta { vcpus, memory_mib, disk_mib, .. }) = template {
+        let baked = [
+            ("vcpus", &mut spec.vcpus, *vcpus),
+            ("memory_mib", &mut spec.memory_mib, *memory_mib),
+            ("disk_mib", &mut spec.disk_mib, *disk_mib),
+        ];
+        for (field, asked, baked) in baked {
+            if ![0, baked].contains(asked) {
+                let message = format!("{field} of template `{}` is {baked} and cannot be another", spec.image);
+                return Err(ConnectError::invalid_argument(message));
+            }
+            *asked = baked;
+        }
+    }
     let nonzero = [("vcpus", spec.vcpus), ("memory_mib", spec.memory_mib), ("disk_mib", spec.disk_mib)];
     if let Some((field, _)) = nonzero.into_iter().find(|&(_, value)| value == 0) {
         return Err(ConnectError::invalid_argument(format!("{field} must be at least 1")));
@@ -105,6 +238,11 @@ fn parse(spec: CapsuleSpec) -> Result<Spec, ConnectError> {
         default_env: spec.default_env.into_iter().collect(),
         template_id: spec.template_id,
     })
+}
+
+fn template(name: String, meta: &Meta) -> Template {
+    let Meta { vcpus, memory_mib, disk_mib, created_unix_ms, .. } = *meta;
+    Template { name, vcpus, memory_mib, disk_mib, created_unix_ms, ..Default::default() }
 }
 
 fn message(handle: &Handle) -> Capsule {

@@ -57,6 +57,12 @@ pub struct Packed {
     _pin: Pin,
 }
 
+/// Keeps the generations of a header from being collected for as long as it is there, see [`Store::hold`].
+#[derive(Debug)]
+pub struct Held {
+    _pin: Pin,
+}
+
 /// What became of a merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Merged {
@@ -164,6 +170,15 @@ impl Store {
     pub fn link(&self, from: &Path, to: &Path) -> Result<(), Error> {
         let from = self.pinned(from)?;
         self.place(to, &from.header, None).map(|_| ())
+    }
+
+    /// Keeps what the header at `path` refers to now, for another process to open it: whether that finds this header or one
+    /// that a merge puts in its place meanwhile, all of its generations are there.
+    pub fn hold(&self, path: &Path) -> Result<Held, Error> {
+        let references = &mut lock(&self.references);
+        let referrer = references.get(path).ok_or_else(|| Error::Unknown(path.to_owned()))?;
+        let used = referrer.generations.clone().unwrap_or_default();
+        Ok(Held { _pin: Pin::new(&self.references, references, used) })
     }
 
     /// Removes a header, durably. What only it referred to is garbage then. One that is not there is removed already.

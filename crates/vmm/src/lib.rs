@@ -25,3 +25,7 @@ pub const CAPSULE_DIR: &str = "/run/wrenn/vm";
 
 /// Name of the API socket inside the capsule's directory, on both sides.
 pub const API_SOCKET: &str = "api.sock";
+
+/// Name of a directory inside the capsule's directory. The VMM finds a tmpfs there that nobody else has, for dumps of the
+/// guest's memory; the agent reads it through [`process::Process::sees`].
+pub const DUMP_DIR: &str = "dump";

@@ -14,7 +14,7 @@ mod launch;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -27,7 +27,7 @@ use tokio::time::timeout;
 
 use crate::cgroup::{self, Cgroup};
 
-pub use launch::{Launch, Step};
+pub use launch::{Companion, Launch, Step};
 
 /// What a VMM's log may grow to, in bytes. A guest writes to it as fast as it likes, through its serial console.
 const LOG_LIMIT: u64 = 4 << 20;
@@ -159,6 +159,11 @@ impl Process {
     /// What to write down in order to adopt it later.
     pub fn identity(&self) -> Identity {
         self.identity
+    }
+
+    /// Where the agent finds what the process sees as `path` in its own mount namespace.
+    pub fn sees(&self, path: &Path) -> PathBuf {
+        Path::new("/proc").join(self.identity.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// The group all its processes are in.

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 
 use ::agent::Agent;
 use anyhow::{Context, Result, bail};
+use api::limits;
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::images::Images;
 use crate::terminal::{Progress, interrupted};
 use crate::{images, up, vmm_choice};
 
@@ -39,7 +41,7 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = ::agent::Config { dir, vmm: choice.binary, kernel: images.kernel, templates: images.templates };
+        let config = config(dir, choice.binary, images)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -53,4 +55,21 @@ impl AgentCommand {
         forget.await?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// How an agent is set up whose VMM and images were found. This same program serves the memory of resumed capsules.
+pub fn config(dir: PathBuf, vmm: PathBuf, images: Images) -> Result<::agent::Config> {
+    let program = std::env::current_exe().context("finding this program")?;
+    Ok(::agent::Config {
+        dir,
+        vmm,
+        kernel: images.kernel,
+        templates: images.templates,
+        pager: (program, vec!["pager".into()]),
+        boot_snapshots: Some(::agent::Sizes {
+            vcpus: limits::DEFAULT_VCPUS,
+            memory_mib: limits::DEFAULT_MEMORY_MB,
+            disk_mib: limits::DEFAULT_DISK_SIZE_MB,
+        }),
+    })
 }

@@ -10,12 +10,14 @@ use anyhow::{Context, Result};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pager::Ended;
 
 use crate::terminal;
 
 /// Serves the memory of one resumed microVM until it is all there, the VMM is gone, or SIGTERM. Says `ready` on standard
-/// output when the VMM can connect. Exits with 0, or when the microVM has to be ended: with 10 if the snapshot is damaged,
-/// 11 if the host failed, 12 if the VMM misbehaved.
+/// output when the VMM can connect, and at the end which of the three it was: `whole`, `vmm gone` or `stopped`. Exits with
+/// 0, or when the microVM has to be ended: with 10 if the snapshot is damaged, 11 if the host failed, 12 if the VMM
+/// misbehaved.
 #[derive(Debug, Args)]
 pub struct PagerCommand {
     /// Where to listen for the VMM.
@@ -48,7 +50,14 @@ impl PagerCommand {
     /// Runs on this thread and those of the pager, without a runtime: there is one such process per resumed capsule.
     pub(crate) fn run(self) -> Result<ExitCode> {
         match self.serve() {
-            Ok(_) => Ok(ExitCode::SUCCESS),
+            Ok(ended) => {
+                say(match ended {
+                    Ended::Whole => "whole",
+                    Ended::VmmGone => "vmm gone",
+                    Ended::Stopped => "stopped",
+                });
+                Ok(ExitCode::SUCCESS)
+            }
             Err(error) => {
                 let code = error.downcast_ref::<pager::Error>().map(pager::Error::exit_code);
                 terminal::error(&error);
@@ -57,7 +66,7 @@ impl PagerCommand {
         }
     }
 
-    fn serve(self) -> Result<pager::Ended> {
+    fn serve(self) -> Result<Ended> {
         // Before there are threads, so that none of them takes the signal.
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGTERM);
@@ -73,8 +82,13 @@ impl PagerCommand {
             record_for: Duration::from_secs(self.record_seconds),
             patience: Duration::from_secs(self.patience_seconds),
         })?;
-        // The agent may have gone while we opened the snapshot, which does not concern the VMM.
-        let _ = io::stdout().lock().write_all(b"ready\n").and_then(|()| io::stdout().lock().flush());
+        say("ready");
         Ok(pager.serve(stop.as_fd())?)
     }
+}
+
+/// Tells the agent, which may have gone meanwhile: that does not concern the VMM.
+fn say(word: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{word}").and_then(|()| out.flush());
 }

@@ -125,7 +125,7 @@ impl Progress {
         print(&format!("  export WRENN_API_KEY={api_key}"))?;
         print("")?;
         print("  wrenn capsule create        # on this machine, without the two lines above")?;
-        print(&paint.paint(Style::Dim, "  ctrl-C ends it and all its capsules"))
+        print(&paint.paint(Style::Dim, "  ctrl-C ends it; the next `wrenn up` has its capsules again"))
     }
 }
 

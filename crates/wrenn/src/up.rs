@@ -50,7 +50,7 @@ struct Ready {
 }
 
 impl Up {
-    /// Runs until ctrl-C or SIGTERM, then ends every capsule and gives back everything but the data.
+    /// Runs until ctrl-C or SIGTERM, then pauses every capsule and gives back everything but the data.
     pub async fn run(self) -> Result<ExitCode> {
         let progress = Progress::new(self.json);
         let dir = prepare_dir(&self.dir)?;
@@ -61,12 +61,7 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = ::agent::Config {
-            dir: dir.clone(),
-            vmm: choice.binary,
-            kernel: images.kernel,
-            templates: images.templates,
-        };
+        let config = crate::agent::config(dir.clone(), choice.binary, images)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -103,20 +98,24 @@ impl Up {
         progress.ready(&ready, &ready.url, &ready.api_key)?;
 
         crate::terminal::interrupted().await?;
-        progress.say("ending all capsules (press ctrl-C again to leave at once)");
-        tokio::select! {
-            () = agent.destroy_all() => {}
+        progress.say("pausing all capsules (press ctrl-C again to leave at once)");
+        let next = format!("the next `wrenn up --dir {}` takes over what still runs", dir.display());
+        let unpaused = tokio::select! {
+            unpaused = agent.pause_all() => unpaused,
             again = crate::terminal::interrupted() => {
                 again?;
-                bail!("left at once; the next `wrenn up --dir {}` takes over what still runs", dir.display());
+                bail!("left at once; {next}");
             }
-        }
+        };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;
         agent_server.await?.context("the agent's listener")?;
         forget.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
+        if let Some((id, reason)) = unpaused.first() {
+            bail!("{} capsules could not be paused, {id} because of: {reason}; {next}", unpaused.len());
+        }
         agent.close().await.context("closing the agent")?;
         Ok(ExitCode::SUCCESS)
     }

@@ -144,6 +144,9 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         vmm: vmm.to_owned(),
         kernel: file(&manifest["kernel"])?,
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"])?)].into(),
+        pager: (std::env::current_exe()?.with_file_name("wrenn"), vec!["pager".into()]),
+        // What is measured here is a boot.
+        boot_snapshots: None,
     })
 }
 

@@ -4,35 +4,61 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use agent_api::CapsuleState;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
-use super::record::{Journal, Phase};
-use super::release::release;
-use super::start::{self, Running};
-use super::{Command, Handle, Observed, Traffic};
-use crate::host::Host;
+use super::record::{Base, Journal, Phase, Record};
+use super::release::{release, stop};
+use super::start::{self, Origin, Running, pager_lost};
+use super::{Command, Handle, Observed, Refused, Traffic, files, save};
+use crate::boot::Boots;
+use crate::guest::Guest;
+use crate::host::{Host, Sizes, collect};
+use crate::point::Point;
 
 /// Commands that wait while the driver is busy; a sender past that waits too.
 const QUEUE: usize = 8;
 /// Bytes of a dead guest's console that are logged.
 const CONSOLE: u64 = 2 << 10;
+/// How long a pause waits for exchanges with the guest to end.
+const DRAIN: Duration = Duration::from_secs(2);
 
 struct Driver {
     host: Arc<Host>,
     journal: Journal,
     commands: mpsc::Receiver<Command>,
+    /// Ends the capsule, whatever is being done to it.
+    destroyed: CancellationToken,
+    traffic: Arc<Traffic>,
+    /// Rewrites the capsule's memory into fewer generations.
+    merge: Option<(Arc<AtomicBool>, tokio::task::JoinHandle<()>)>,
     /// Last, so that it is dropped last: who sees it closed knows that `host` is let go.
     observed: watch::Sender<Observed>,
 }
 
+/// What a driver has in hand between two commands.
+enum Life {
+    Running(Running),
+    Paused,
+}
+
+/// How a capsule that is not there yet begins.
+pub enum From {
+    /// As its image.
+    Image,
+    /// As what another was.
+    Point(Arc<Point>),
+}
+
 /// Starts the capsule that `journal` describes, in a task of its own.
-pub fn spawn_start(host: Arc<Host>, journal: Journal) -> Handle {
+pub fn spawn_start(host: Arc<Host>, journal: Journal, from: From) -> Handle {
     let (handle, driver) = pair(host, journal, CapsuleState::Starting);
-    tokio::spawn(driver.start());
+    tokio::spawn(driver.begin(from));
     handle
 }
 
@@ -40,7 +66,14 @@ pub fn spawn_start(host: Arc<Host>, journal: Journal) -> Handle {
 pub fn spawn_adopted(host: Arc<Host>, journal: Journal, running: Running) -> Handle {
     let (handle, driver) = pair(host, journal, CapsuleState::Running);
     driver.observed.send_modify(|observed| observed.guest = Some(running.guest.clone()));
-    tokio::spawn(driver.run(running));
+    tokio::spawn(driver.live(Life::Running(running)));
+    handle
+}
+
+/// Takes over a capsule that is paused, in a task of its own.
+pub fn spawn_paused(host: Arc<Host>, journal: Journal) -> Handle {
+    let (handle, driver) = pair(host, journal, CapsuleState::Paused);
+    tokio::spawn(driver.live(Life::Paused));
     handle
 }
 
@@ -56,45 +89,32 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
         versions: record.versions.clone(),
         guest: None,
     });
+    let destroyed = CancellationToken::new();
+    let traffic = Arc::new(Traffic::default());
     let handle = Handle {
         spec: Arc::new(record.spec.clone()),
-        traffic: Arc::new(Traffic::default()),
+        traffic: traffic.clone(),
         commands: command_sender,
+        destroyed: destroyed.clone(),
         observed: observed_receiver,
     };
-    (handle, Driver { host, journal, commands, observed })
+    (handle, Driver { host, journal, commands, destroyed, traffic, merge: None, observed })
 }
 
 impl Driver {
-    async fn start(mut self) {
-        let cancelled = CancellationToken::new();
-        let outcome = {
-            let starting = start::start(&self.host, &mut self.journal, &cancelled);
-            tokio::pin!(starting);
-            loop {
-                tokio::select! {
-                    outcome = &mut starting => break outcome,
-                    // The start ends at its next step and releases nothing by itself.
-                    Some(Command::Destroy) = self.commands.recv() => cancelled.cancel(),
-                }
+    async fn begin(mut self, from: From) {
+        let started = match from {
+            From::Point(point) => {
+                start::start(&self.host, &mut self.journal, Origin::Point(&point), &self.destroyed).await
             }
+            From::Image => self.begin_as_image().await,
         };
-        match outcome {
-            Ok(running) if cancelled.is_cancelled() => {
-                drop(running);
-                self.end(CapsuleState::Stopped, "destroyed".into()).await;
-            }
+        match started {
             Ok(running) => {
                 let record = self.journal.record();
                 info!(capsule = %record.spec.id, slot = ?record.slot, "running");
-                self.observed.send_modify(|observed| {
-                    observed.state = CapsuleState::Running;
-                    observed.generation = record.generation;
-                    observed.host_ip = record.slot.map(|slot| slot.host_ip());
-                    observed.versions = record.versions.clone();
-                    observed.guest = Some(running.guest.clone());
-                });
-                self.run(running).await;
+                self.publish_running(&running);
+                self.live(Life::Running(running)).await;
             }
             Err(start::Error::Cancelled) => self.end(CapsuleState::Stopped, "destroyed".into()).await,
             Err(error) => {
@@ -107,49 +127,338 @@ impl Driver {
         }
     }
 
-    async fn run(mut self, running: Running) {
-        tokio::select! {
-            exit = running.process.exited() => {
-                let reason = format!("the VMM ended by itself ({exit})");
-                let console = last_lines(&self.journal.dir().join("vmm.log"));
-                warn!(capsule = %self.journal.record().spec.id, %reason, console);
-                self.end(CapsuleState::Failed, reason).await;
+    /// Resumes what the image is after a boot, or boots it.
+    async fn begin_as_image(&mut self) -> Result<Running, start::Error> {
+        let spec = &self.journal.record().spec;
+        let (id, name) = (spec.id, spec.image.clone());
+        let sizes = Sizes { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib };
+        let image = self.host.images.get(&name);
+        if let Some(point) = image.and_then(|image| self.host.boots.get(image, sizes)) {
+            let origin = Origin::Boot(&point);
+            match start::start(&self.host, &mut self.journal, origin, &self.destroyed).await {
+                Err(error) if error.is_of_origin() => {
+                    warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
+                    self.host.boots.discard(&point);
+                    if stop(&self.host, id, Some(self.journal.record())).await.is_err() {
+                        return Err(error);
+                    }
+                    let begin_anew = |record: &mut Record| {
+                        record.snapshots = 0;
+                        record.base = Base::Boot;
+                    };
+                    self.stopped(begin_anew).map_err(start::Error::Record)?;
+                    files::tidy(&self.host.memory, self.journal.dir(), None);
+                    match std::fs::remove_file(self.journal.dir().join(files::DISK)) {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            return Err(start::Error::Place(error));
+                        }
+                        _ => {}
+                    }
+                }
+                started => return started,
             }
-            Some(Command::Destroy) = self.commands.recv() => {
-                self.end(CapsuleState::Stopped, "destroyed".into()).await;
+        }
+        let started = start::start(&self.host, &mut self.journal, Origin::Image, &self.destroyed).await;
+        if started.is_ok() {
+            Boots::want(&self.host, &name, sizes);
+        }
+        started
+    }
+
+    /// From one command to the next, until the capsule ends or the agent does.
+    async fn live(mut self, mut life: Life) {
+        loop {
+            let next = match life {
+                Life::Running(running) => self.run(running).await,
+                Life::Paused => self.lie().await,
+            };
+            life = match next {
+                Some(life) => life,
+                None => return self.stop_merge().await,
+            };
+            if self.destroyed.is_cancelled() {
+                return self.end(CapsuleState::Stopped, "destroyed".into()).await;
             }
-            // Every handle is gone: the agent stops, and the capsule outlives it.
-            else => {}
         }
     }
 
-    /// Gives everything back and publishes the last state.
-    async fn end(mut self, last: CapsuleState, reason: String) {
+    /// Waits while the capsule runs, and does the first thing that comes up. `None` when the driver is to go.
+    async fn run(&mut self, running: Running) -> Option<Life> {
+        let (traffic, timeout) = (self.traffic.clone(), self.journal.record().spec.timeout_sec);
+        let idle = async move {
+            match timeout {
+                0 => std::future::pending().await,
+                seconds => traffic.idle(Duration::from_secs(seconds.into())).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.destroyed.cancelled() => Some(Life::Running(running)),
+            exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
+            exit = pager_lost(running.pager.as_ref(), self.journal.dir()) => {
+                self.fail(format!("the process that serves its memory ended by itself ({exit})")).await
+            }
+            command = self.commands.recv() => match command {
+                Some(Command::Pause(done)) => self.pause(running, None, done).await,
+                Some(Command::Resume(done)) => {
+                    let _ = done.send(Ok(()));
+                    Some(Life::Running(running))
+                }
+                Some(Command::Capture(dest, done)) => self.capture(running, &dest, done).await,
+                // Every handle is gone: the agent stops, and the capsule outlives it.
+                None => None,
+            },
+            () = idle => {
+                let reason = format!("nothing happened for {timeout} s");
+                self.pause(running, Some(reason), oneshot::channel().0).await
+            }
+        }
+    }
+
+    /// Waits while the capsule is paused.
+    async fn lie(&mut self) -> Option<Life> {
+        tokio::select! {
+            biased;
+            () = self.destroyed.cancelled() => Some(Life::Paused),
+            command = self.commands.recv() => match command {
+                Some(Command::Pause(done)) => {
+                    let _ = done.send(Ok(()));
+                    Some(Life::Paused)
+                }
+                Some(Command::Resume(done)) => Some(self.resume(done).await),
+                Some(Command::Capture(_, done)) => {
+                    let _ = done.send(Err(Refused::NotRunning));
+                    Some(Life::Paused)
+                }
+                None => None,
+            },
+        }
+    }
+
+    /// Saves the capsule and gives back what runs of it; by itself if there is a `reason`.
+    async fn pause(
+        &mut self,
+        running: Running,
+        reason: Option<String>,
+        done: oneshot::Sender<Result<(), Refused>>,
+    ) -> Option<Life> {
         let id = self.journal.record().spec.id;
-        let recorded = self.journal.update(|record| {
-            record.phase = Phase::Stopping;
-            record.generation += 1;
+        self.publish(CapsuleState::Pausing, String::new());
+        if reason.is_some() && self.traffic.open() > 0 {
+            // Something came in time after all.
+            self.publish_running(&running);
+            return Some(Life::Running(running));
+        }
+        if tokio::time::timeout(DRAIN, self.traffic.drained()).await.is_err() {
+            debug!(capsule = %id, open = self.traffic.open(), "pausing with open exchanges");
+        }
+        if let Err(failed) = save::pause(&self.host, &mut self.journal, &running).await {
+            let why = crate::chain(&failed);
+            warn!(capsule = %id, error = why, "the pause failed");
+            if !failed.goes_on {
+                let _ = done.send(Err(Refused::Save(failed)));
+                return self.fail(format!("the pause failed, and the guest could not go on: {why}")).await;
+            }
+            self.publish_running(&running);
+            let _ = done.send(Err(Refused::Save(failed)));
+            return Some(Life::Running(running));
+        }
+        drop(running);
+        self.traffic.cut_all();
+        self.put_aside().await;
+        info!(capsule = %id, reason, "paused");
+        self.publish(CapsuleState::Paused, reason.unwrap_or_default());
+        let _ = done.send(Ok(()));
+        self.start_merge();
+        Some(Life::Paused)
+    }
+
+    /// Gives back what runs of a capsule whose record says that it is paused.
+    async fn put_aside(&mut self) {
+        let id = self.journal.record().spec.id;
+        match stop(&self.host, id, Some(self.journal.record())).await {
+            // Recorded or not: what is gone is given back again without harm.
+            Ok(()) => {
+                let _ = self.stopped(|_| {});
+            }
+            Err(errors) => {
+                for error in &errors {
+                    error!(capsule = %id, error = crate::chain(error), "left behind by a pause");
+                }
+            }
+        }
+        let keep = match &self.journal.record().base {
+            Base::Snapshot(saved) => Some(saved.number),
+            Base::Boot | Base::Lost => None,
+        };
+        files::tidy(&self.host.memory, self.journal.dir(), keep);
+        collect(&self.host.memory);
+    }
+
+    /// Brings a paused capsule back. When that fails it is paused as before.
+    async fn resume(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Life {
+        let id = self.journal.record().spec.id;
+        self.publish(CapsuleState::Resuming, String::new());
+        if self.journal.record().phase != Phase::Paused {
+            // A resume before this one could not be undone then.
+            self.back_to_paused().await;
+        }
+        let resumed = match self.journal.commit(|record| record.phase = Phase::Resuming) {
+            Ok(()) => start::start(&self.host, &mut self.journal, Origin::Pause, &self.destroyed).await,
+            Err(error) => Err(start::Error::Record(error)),
+        };
+        match resumed {
+            Ok(running) => {
+                info!(capsule = %id, "resumed");
+                self.publish_running(&running);
+                let _ = done.send(Ok(()));
+                collect(&self.host.memory);
+                Life::Running(running)
+            }
+            Err(error) => {
+                let reason = crate::chain(&error);
+                let console = last_lines(&self.journal.dir().join("vmm.log"));
+                warn!(capsule = %id, reason, console, "the resume failed");
+                self.back_to_paused().await;
+                self.publish(CapsuleState::Paused, reason);
+                let _ = done.send(Err(Refused::Resume(error)));
+                Life::Paused
+            }
+        }
+    }
+
+    /// After a resume that came to nothing: the disk that the pause had, and nothing that runs.
+    async fn back_to_paused(&mut self) {
+        let id = self.journal.record().spec.id;
+        if let Err(errors) = stop(&self.host, id, Some(self.journal.record())).await {
+            for error in &errors {
+                error!(capsule = %id, error = crate::chain(error), "left behind by a resume");
+            }
+            return;
+        }
+        if let Err(error) = super::recover::pause_again(&mut self.journal) {
+            // The record still says that it is being resumed, which comes to the same at the next start of the agent.
+            error!(capsule = %id, %error, "a resume that failed could not be undone on disk");
+        }
+    }
+
+    async fn capture(
+        &mut self,
+        running: Running,
+        dest: &Path,
+        done: oneshot::Sender<Result<(String, Record), Refused>>,
+    ) -> Option<Life> {
+        let captured = save::capture(&self.host, &mut self.journal, &running, dest).await;
+        match captured {
+            Ok(digest) => {
+                let _ = done.send(Ok((digest, self.journal.record().clone())));
+                collect(&self.host.memory);
+                self.start_merge();
+                Some(Life::Running(running))
+            }
+            Err(failed) => {
+                let (why, goes_on) = (crate::chain(&failed), failed.goes_on);
+                warn!(capsule = %self.journal.record().spec.id, error = why, "a snapshot failed");
+                let _ = done.send(Err(Refused::Save(failed)));
+                if goes_on {
+                    return Some(Life::Running(running));
+                }
+                self.fail(format!("a snapshot failed, and the guest could not go on: {why}")).await
+            }
+        }
+    }
+
+    /// Records that nothing runs.
+    fn stopped(&mut self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
+        self.journal.update(|record| {
+            record.slot = None;
+            record.vmm = None;
+            record.pager = None;
+            change(record);
+        })
+    }
+
+    fn start_merge(&mut self) {
+        if let Some((stop, _)) = self.merge.take() {
+            // It works on a header that is not there any more.
+            stop.store(true, Ordering::Relaxed);
+        }
+        let Base::Snapshot(saved) = &self.journal.record().base else { return };
+        let (memory, header) = (self.host.memory.clone(), self.journal.dir().join(files::memory(saved.number)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let merge = tokio::task::spawn_blocking(move || match memory.merge(&header, &stopped) {
+            Ok(snapshot::Merged::Done(bytes)) => {
+                debug!(header = %header.display(), bytes, "merged");
+                collect(&memory);
+            }
+            Ok(_) => {}
+            Err(error) => warn!(header = %header.display(), error = crate::chain(&error), "merging failed"),
         });
-        if let Err(error) = recorded {
+        self.merge = Some((stop, merge));
+    }
+
+    async fn stop_merge(&mut self) {
+        if let Some((stop, merge)) = self.merge.take() {
+            stop.store(true, Ordering::Relaxed);
+            // One that panicked has said so, and replaced nothing.
+            let _ = merge.await;
+        }
+    }
+
+    /// Also begins its inactivity anew: a pause that failed is not tried again before that.
+    fn publish_running(&mut self, running: &Running) {
+        self.traffic.touch();
+        self.tell(CapsuleState::Running, String::new(), Some(running.guest.clone()));
+    }
+
+    fn publish(&mut self, state: CapsuleState, reason: String) {
+        self.tell(state, reason, None);
+    }
+
+    /// Says what is true now. The generation is recorded first: the next agent must not say less.
+    fn tell(&mut self, state: CapsuleState, reason: String, guest: Option<Arc<Guest>>) {
+        let generation = self.journal.record().generation.max(self.observed.borrow().generation + 1);
+        if generation > self.journal.record().generation
+            && let Err(error) = self.journal.update(|record| record.generation = generation)
+        {
+            error!(capsule = %self.journal.record().spec.id, %error, "writing the capsule's record");
+        }
+        let record = self.journal.record();
+        self.observed.send_modify(|observed| {
+            observed.state = state;
+            observed.generation = generation;
+            observed.reason = reason;
+            observed.host_ip = record.slot.map(|slot| slot.host_ip());
+            observed.versions = record.versions.clone();
+            observed.guest = guest;
+        });
+    }
+
+    async fn fail(&mut self, reason: String) -> Option<Life> {
+        let console = last_lines(&self.journal.dir().join("vmm.log"));
+        warn!(capsule = %self.journal.record().spec.id, %reason, console);
+        self.end(CapsuleState::Failed, reason).await;
+        None
+    }
+
+    /// Gives everything back and publishes the last state.
+    async fn end(&mut self, last: CapsuleState, reason: String) {
+        let id = self.journal.record().spec.id;
+        self.stop_merge().await;
+        if let Err(error) = self.journal.update(|record| record.phase = Phase::Stopping) {
             // The release needs no record; a restarted agent would only take a dying capsule for a live one.
             error!(capsule = %id, %error, "writing the record of a capsule that ends");
         }
-        self.observed.send_modify(|observed| {
-            observed.state = CapsuleState::Stopping;
-            observed.generation = self.journal.record().generation;
-            observed.guest = None;
-        });
+        self.publish(CapsuleState::Stopping, String::new());
+        self.traffic.cut_all();
         let released = release(&self.host, id, self.journal.dir(), Some(self.journal.record())).await;
         let leftovers = released.err().unwrap_or_default();
         for error in &leftovers {
             error!(capsule = %id, error = crate::chain(error), "left behind");
         }
         let state = if leftovers.is_empty() { last } else { CapsuleState::Failed };
-        self.observed.send_modify(|observed| {
-            observed.state = state;
-            observed.generation += 1;
-            observed.reason = reason;
-        });
+        self.publish(state, reason);
         info!(capsule = %id, "ended");
     }
 }

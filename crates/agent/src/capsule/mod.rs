@@ -1,40 +1,50 @@
 //! A capsule on this host: one driver task owns it, everyone else sends it a [`Command`] or watches what it [`Observed`].
 //!
 //! ```text
-//!   create ──► starting ──► running ──► stopping ──► stopped
-//!                  │            │           ▲
-//!                  │            └ VMM died ─┼──────► failed(reason)
-//!                  └ a step failed ─────────┘
+//!   create ──► starting ──► running ◄────────────── resuming
+//!                  │        │ │ │  ▲                 │   ▲
+//!                  │        │ │ └─ pausing ──► paused ◄──┘
+//!                  │        │ └ VMM or pager died ──┐  │
+//!                  └ a step failed ──► stopping ◄───┴──┘ destroy
+//!                                         └► stopped | failed(reason)
 //! ```
 //!
 //! What a start acquires is named in the capsule's record before it is acquired, and one function, [`release::release`],
 //! gives back whatever a record names. A failed start, a destroy and a restarted agent all end there.
+//!
+//! A pause is one rename of the record ([`save`]), a resume that fails leaves the pause as it was ([`start`]), and what a
+//! killed agent leaves is either of the two ([`recover`]).
 
 pub mod driver;
+pub mod files;
 pub mod record;
 pub mod recover;
 pub mod release;
+pub mod save;
 pub mod start;
 mod traffic;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use agent_api::CapsuleState;
 use api::CapsuleId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::guest::Guest;
-pub use traffic::{Counted, Traffic};
+use record::Record;
+pub use traffic::{Cut, Traffic};
 
 /// What a capsule is made from; it never changes while the capsule lives.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Spec {
     /// The capsule.
     pub id: CapsuleId,
-    /// Name of an image on this host.
+    /// Name of an image or template on this host.
     pub image: String,
     /// Virtual processors.
     pub vcpus: u32,
@@ -42,7 +52,7 @@ pub struct Spec {
     pub memory_mib: u32,
     /// Size of the root disk in MiB.
     pub disk_mib: u32,
-    /// Seconds of inactivity after which the host acts; 0 means never.
+    /// Seconds of inactivity after which the host pauses it; 0 means never.
     pub timeout_sec: u32,
     /// Environment of every process in the guest.
     pub default_env: BTreeMap<String, String>,
@@ -57,7 +67,7 @@ pub struct Observed {
     pub state: CapsuleState,
     /// Grows with every change of `state`.
     pub generation: u64,
-    /// Why it stopped or failed.
+    /// Why it stopped or failed, was paused by itself, or could not be resumed.
     pub reason: String,
     /// True when it failed because the host had no room for it: another host may have.
     pub host_full: bool,
@@ -76,11 +86,31 @@ impl Observed {
     }
 }
 
-/// What a driver can be asked.
-#[derive(Debug)]
+/// What a driver can be asked. Each is answered when it is done; a capsule that is being started or saved is so first.
 pub enum Command {
-    /// End the capsule and give back all it holds.
-    Destroy,
+    /// Put the capsule aside.
+    Pause(oneshot::Sender<Result<(), Refused>>),
+    /// Let it go on.
+    Resume(oneshot::Sender<Result<(), Refused>>),
+    /// Write what it is now into an empty directory, as a point. Answers with the digest of the state file.
+    Capture(PathBuf, oneshot::Sender<Result<(String, Record), Refused>>),
+}
+
+/// Why a driver did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// The capsule has ended, or does before it comes to that.
+    #[error("the capsule has ended: {0}")]
+    Ended(String),
+    /// It is paused.
+    #[error("the capsule does not run")]
+    NotRunning,
+    /// It could not be saved.
+    #[error("saving the capsule")]
+    Save(#[source] save::Failed),
+    /// It could not be resumed.
+    #[error("resuming the capsule")]
+    Resume(#[source] start::Error),
 }
 
 /// The way to a capsule for everyone but its driver.
@@ -91,6 +121,7 @@ pub struct Handle {
     /// Its guest traffic: connections, and when the last byte passed.
     pub traffic: Arc<Traffic>,
     commands: mpsc::Sender<Command>,
+    destroyed: CancellationToken,
     observed: watch::Receiver<Observed>,
 }
 
@@ -100,16 +131,51 @@ impl Handle {
         self.observed.borrow().clone()
     }
 
-    /// Waits until the capsule runs or has ended, and says what is true then.
+    /// Waits until the capsule runs, is paused or has ended, and says what is true then.
     pub async fn settled(&self) -> Observed {
-        self.wait(|observed| observed.state == CapsuleState::Running || observed.has_ended()).await
+        let is_settled = |observed: &Observed| match observed.state {
+            CapsuleState::Running | CapsuleState::Paused => true,
+            _ => observed.has_ended(),
+        };
+        self.wait(is_settled).await
+    }
+
+    /// Puts the capsule aside; success when it is.
+    pub async fn pause(&self) -> Result<(), Refused> {
+        self.ask(Command::Pause).await
+    }
+
+    /// Lets the capsule go on; success when it runs.
+    pub async fn resume(&self) -> Result<(), Refused> {
+        self.ask(Command::Resume).await
+    }
+
+    /// Writes what the capsule is now into `dest`, an empty directory; the digest of its state file, and its record.
+    pub async fn capture(&self, dest: PathBuf) -> Result<(String, Record), Refused> {
+        self.ask(|done| Command::Capture(dest, done)).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Refused>>) -> Command) -> Result<T, Refused> {
+        let (done, answer) = oneshot::channel();
+        // A driver that is gone, or goes before it gets there, has ended its capsule.
+        let _ = self.commands.send(command(done)).await;
+        match answer.await {
+            Ok(answer) => answer,
+            Err(_) => Err(Refused::Ended(self.observed().reason)),
+        }
     }
 
     /// Ends the capsule and waits until all of it is given back.
     pub async fn destroy(&self) -> Observed {
-        // A driver that is gone has ended its capsule already.
-        let _ = self.commands.send(Command::Destroy).await;
+        self.destroyed.cancel();
         self.wait(Observed::has_ended).await
+    }
+
+    /// Lets go of the capsule, and waits until its driver has done so too: it is left as it is.
+    pub async fn leave(self) {
+        let Self { mut observed, commands, .. } = self;
+        drop(commands);
+        while observed.changed().await.is_ok() {}
     }
 
     /// Waits until the driver itself is gone, and with it its hold on what capsules share.

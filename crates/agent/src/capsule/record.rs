@@ -1,10 +1,12 @@
 //! The record of a capsule: a small JSON file in its directory that names what it holds, written before it is acquired.
 //!
-//! It is written to survive this process, not the machine: after a power cut no namespace, process or claim is left, so
-//! a record that was lost with it is missed by nobody.
+//! Most of it is written to survive this process, not the machine: after a power cut no namespace, process or claim is
+//! left, so a record that was lost with it is missed by nobody. What says that a capsule is paused, or no longer, is
+//! written with [`Journal::commit`] and survives that too.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use network::slot::Slot;
@@ -21,8 +23,35 @@ pub enum Phase {
     Starting,
     /// The guest has answered; an agent that starts anew takes it over.
     Running,
+    /// Being saved. It runs on unless what it is saved to turns out to be whole.
+    Pausing,
+    /// Saved, all of it durable; [`Record::base`] is what. Nothing of it needs to run.
+    Paused,
+    /// Being brought back. It is paused unless that succeeds.
+    Resuming,
     /// Being given back.
     Stopping,
+}
+
+/// A snapshot of the capsule in its own directory; see [`super::files`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Which one.
+    pub number: u32,
+    /// SHA-256 of the VMM's state file, in hex.
+    pub state: String,
+}
+
+/// What the VMM's record of written memory is relative to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Base {
+    /// The empty memory of a boot.
+    Boot,
+    /// The memory of that snapshot, whose header is kept.
+    Snapshot(Saved),
+    /// A snapshot that was taken and not kept: only a full one helps.
+    Lost,
 }
 
 /// All that a restarted agent must know of a capsule.
@@ -38,10 +67,16 @@ pub struct Record {
     pub slot: Option<Slot>,
     /// Its VMM process, once launched.
     pub vmm: Option<Identity>,
+    /// The process that serves its memory, once launched.
+    pub pager: Option<Identity>,
     /// The token that envd demands.
     pub token: String,
     /// Versions, once it runs.
     pub versions: BTreeMap<String, String>,
+    /// The number last given to a snapshot of it.
+    pub snapshots: u32,
+    /// What the next snapshot adds to.
+    pub base: Base,
 }
 
 /// A record and the directory it lies in.
@@ -61,11 +96,14 @@ impl Journal {
             phase: Phase::Starting,
             slot: None,
             vmm: None,
+            pager: None,
             token,
             versions: BTreeMap::new(),
+            snapshots: 0,
+            base: Base::Boot,
         };
         let journal = Self { dir, record };
-        journal.write()?;
+        journal.write(false)?;
         Ok(journal)
     }
 
@@ -86,16 +124,31 @@ impl Journal {
         &self.record
     }
 
-    /// Changes the record, on disk first.
+    /// Changes the record, on disk first: when that fails it is as it was.
     pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
-        change(&mut self.record);
-        self.write()
+        self.change(change, false)
     }
 
-    fn write(&self) -> io::Result<()> {
+    /// As [`update`](Self::update), and durable when it returns. When it fails, either may be on disk.
+    pub fn commit(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        self.change(change, true)
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut Record), durable: bool) -> io::Result<()> {
+        let before = self.record.clone();
+        change(&mut self.record);
+        self.write(durable).inspect_err(|_| self.record = before)
+    }
+
+    fn write(&self, durable: bool) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(&self.record).expect("a record has only JSON types");
         let new = self.dir.join("record.json.new");
-        std::fs::write(&new, text)?;
-        std::fs::rename(new, self.dir.join("record.json"))
+        let mut file = File::create(&new)?;
+        file.write_all(&text)?;
+        if durable {
+            file.sync_all()?;
+        }
+        std::fs::rename(new, self.dir.join("record.json"))?;
+        if durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
     }
 }

@@ -1,21 +1,34 @@
-//! What a starting agent does with the capsules that an earlier one left: those that run are taken over as they are,
-//! everything else is given back.
+//! What a starting agent does with the capsules that an earlier one left: those that run are taken over as they are, those
+//! that are paused stay paused, and everything else is given back.
+//!
+//! | the record says | and | it is then |
+//! |---|---|---|
+//! | starting, stopping | | given back |
+//! | running | the VMM is there | running |
+//! | pausing | the VMM is there | running: nothing was committed |
+//! | pausing | the VMM is gone, the snapshot whole | paused: only the record is missing |
+//! | running, pausing | else | given back: the guest is gone |
+//! | paused | | paused; what still runs of it is ended |
+//! | resuming | | paused, with the disk that the pause had |
 
 use std::collections::HashSet;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::CapsuleId;
 use tracing::{error, info, warn};
+use vmm::client::VmState;
 use vmm::process::Process;
 
-use super::Handle;
-use super::driver::spawn_adopted;
-use super::record::{Journal, Phase};
-use super::release::release;
-use super::start::Running;
+use super::driver::{spawn_adopted, spawn_paused};
+use super::record::{Base, Journal, Phase, Saved};
+use super::release::{release, stop};
+use super::start::{Running, is_whole};
+use super::{Handle, files};
 use crate::guest::Guest;
-use crate::host::Host;
+use crate::host::{Host, collect};
+use crate::point;
 
 /// Reading what was left behind.
 #[derive(Debug, thiserror::Error)]
@@ -31,15 +44,23 @@ pub enum Error {
     Processes(#[source] vmm::cgroup::Error),
 }
 
-/// Takes over or gives back everything an earlier agent had, and hands out the capsules that run.
+/// What a capsule's directory turns out to be.
+enum Found {
+    Running(Journal, Running),
+    Paused(Journal),
+    Garbage(PathBuf),
+}
+
+/// Takes over or gives back everything an earlier agent had, and hands out the capsules that are there.
 pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error> {
     let mut running = Vec::new();
+    let mut paused = Vec::new();
     let mut garbage = Vec::new();
     for entry in std::fs::read_dir(host.capsules()).map_err(Error::Read)? {
-        let dir = entry.map_err(Error::Read)?.path();
-        match takeover(host, dir.clone()) {
-            Some(found) => running.push(found),
-            None => garbage.push(dir),
+        match find(host, entry.map_err(Error::Read)?.path()).await {
+            Found::Running(journal, found) => running.push((journal, found)),
+            Found::Paused(journal) => paused.push(journal),
+            Found::Garbage(dir) => garbage.push(dir),
         }
     }
     let known: HashSet<CapsuleId> = running.iter().map(|(journal, _)| journal.record().spec.id).collect();
@@ -62,24 +83,142 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         }
         info!(dir = %dir.display(), "gave back what an earlier run left");
     }
+    for journal in &mut paused {
+        let id = journal.record().spec.id;
+        for error in stop(host, id, Some(journal.record())).await.err().unwrap_or_default() {
+            error!(capsule = %id, error = crate::chain(&error), "left behind by an earlier run, and still there");
+        }
+        if let Err(error) = pause_again(journal) {
+            error!(capsule = %id, %error, "a pause of an earlier run could not be recorded");
+        }
+    }
+    for journal in running.iter().map(|(journal, _)| journal).chain(&paused) {
+        let keep = match &journal.record().base {
+            Base::Snapshot(saved) => Some(saved.number),
+            Base::Boot | Base::Lost => None,
+        };
+        files::tidy(&host.memory, journal.dir(), keep);
+    }
+    for entry in std::fs::read_dir(host.passing_all()).map_err(Error::Read)? {
+        point::discard(&host.memory, &entry.map_err(Error::Read)?.path());
+    }
+    collect(&host.memory);
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
     host.sweep_networks(&keep).map_err(Error::Network)?;
-    Ok(running
-        .into_iter()
-        .map(|(journal, found)| {
-            let id = journal.record().spec.id;
-            info!(capsule = %id, "took over a running capsule");
-            (id, spawn_adopted(host.clone(), journal, found))
-        })
-        .collect())
+    let running = running.into_iter().map(|(journal, found)| {
+        let id = journal.record().spec.id;
+        info!(capsule = %id, "took over a running capsule");
+        (id, spawn_adopted(host.clone(), journal, found))
+    });
+    let paused = paused.into_iter().map(|journal| {
+        let id = journal.record().spec.id;
+        info!(capsule = %id, "found a paused capsule");
+        (id, spawn_paused(host.clone(), journal))
+    });
+    Ok(running.chain(paused).collect())
 }
 
-/// The capsule in `dir` if it runs and can be taken over.
-fn takeover(host: &Host, dir: PathBuf) -> Option<(Journal, Running)> {
-    let journal = Journal::open(dir)?;
+/// Makes the record say that the capsule is paused and nothing of it runs, after its disk was put back to what the pause
+/// had. Repeatable, like all of what follows a crash.
+pub fn pause_again(journal: &mut Journal) -> io::Result<()> {
+    if let Base::Snapshot(saved) = &journal.record().base {
+        let disk = journal.dir().join(files::disk(saved.number));
+        if journal.record().phase == Phase::Resuming && disk.exists() {
+            std::fs::rename(disk, journal.dir().join(files::DISK))?;
+            files::sync(journal.dir())?;
+        }
+    }
+    let is_change = journal.record().phase != Phase::Paused;
+    journal.commit(|record| {
+        record.phase = Phase::Paused;
+        record.slot = None;
+        record.vmm = None;
+        record.pager = None;
+        record.generation += u64::from(is_change);
+    })
+}
+
+/// What is in `dir`.
+async fn find(host: &Arc<Host>, dir: PathBuf) -> Found {
+    let Some(mut journal) = Journal::open(dir.clone()) else { return Found::Garbage(dir) };
+    match journal.record().phase {
+        Phase::Starting | Phase::Stopping => Found::Garbage(dir),
+        Phase::Paused | Phase::Resuming => Found::Paused(journal),
+        Phase::Running | Phase::Pausing => {
+            if let Some(running) = takeover(host, &journal).await {
+                return match go_on(&mut journal, &running).await {
+                    true => Found::Running(journal, running),
+                    false => Found::Garbage(dir),
+                };
+            }
+            match finish(&mut journal) {
+                true => Found::Paused(journal),
+                false => Found::Garbage(dir),
+            }
+        }
+    }
+}
+
+/// The processes of a capsule, if they can be taken over.
+async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
     let record = journal.record();
-    let slot = record.slot.filter(|_| record.phase == Phase::Running)?;
-    let process = Process::adopt(record.vmm.as_ref()?, &host.cgroup(record.spec.id)).ok()??;
+    let slot = record.slot?;
+    let cgroup = host.cgroup(record.spec.id);
+    let process = Process::adopt(record.vmm.as_ref()?, &cgroup).ok()??;
+    let pager = match &record.pager {
+        // One that has served everything is not missed.
+        Some(identity) => match Process::adopt(identity, &cgroup).ok()? {
+            None if !is_whole(journal.dir()) => {
+                warn!(capsule = %record.spec.id, "the process that serves its memory is gone");
+                return None;
+            }
+            pager => pager,
+        },
+        None => None,
+    };
     let guest = Arc::new(Guest::new(slot.host_ip(), record.token.clone()));
-    Some((journal, Running { process, guest }))
+    Some(Running { process, pager, guest })
+}
+
+/// Makes sure that the guest runs, whatever the earlier agent was doing with it. False when that cannot be.
+async fn go_on(journal: &mut Journal, running: &Running) -> bool {
+    let id = journal.record().spec.id;
+    if journal.record().phase == Phase::Pausing {
+        // What was saved by then is not taken for a pause any more.
+        let recorded = journal.update(|record| {
+            record.phase = Phase::Running;
+            record.generation += 1;
+        });
+        if let Err(error) = recorded {
+            error!(capsule = %id, %error, "writing the record of a capsule that was being paused");
+            return false;
+        }
+    }
+    let resumed = async {
+        let client = running.client(journal.dir()).await?;
+        if client.instance_info().await?.state == VmState::Paused {
+            client.resume().await?;
+        }
+        Ok::<(), vmm::client::Error>(())
+    };
+    if let Err(error) = resumed.await {
+        error!(capsule = %id, error = crate::chain(&error), "the VMM of an earlier run does not answer");
+        return false;
+    }
+    if journal.record().base == Base::Lost {
+        // It may have been about to be saved, with its processes stopped.
+        running.guest.unfreeze().await;
+    }
+    true
+}
+
+/// Completes a pause whose snapshot is whole, but which no record speaks of yet.
+fn finish(journal: &mut Journal) -> bool {
+    let record = journal.record();
+    let number = record.snapshots;
+    if record.phase != Phase::Pausing || !journal.dir().join(files::memory(number)).exists() {
+        return false;
+    }
+    let Ok(state) = files::digest(&journal.dir().join(files::state(number))) else { return false };
+    journal.update(|record| record.base = Base::Snapshot(Saved { number, state })).is_ok()
 }

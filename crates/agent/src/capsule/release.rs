@@ -1,17 +1,18 @@
 //! Giving back what a record names, in the reverse order of acquiring it. Every step is idempotent and every step is
-//! tried, so the same function ends a healthy capsule, a half-made one, and what a killed agent left behind.
+//! tried, so the same functions end a healthy capsule, put one aside, and clean up after a half-made one or a killed agent.
 
 use std::path::Path;
 
 use api::CapsuleId;
 
+use super::files;
 use super::record::Record;
-use crate::host::Host;
+use crate::host::{Host, collect};
 
 /// What could not be given back. The directory stays then, so that the next start of the agent tries again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The VMM would not die, or its cgroup would not go.
+    /// The VMM or its pager would not die, or their cgroup would not go.
     #[error("ending the VMM")]
     Vmm(#[source] vmm::cgroup::Error),
     /// The network stayed.
@@ -22,8 +23,8 @@ pub enum Error {
     Directory(#[source] std::io::Error),
 }
 
-/// Ends the capsule `id`, whose directory is `dir`, and gives back what `record` names (or what its id alone tells).
-pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
+/// Ends what runs of the capsule `id` and frees its network, as `record` names it (or its id alone tells). Its files stay.
+pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
     if let Err(error) = cgroup.kill().await {
@@ -37,11 +38,13 @@ pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Rec
     {
         errors.push(Error::Network(error));
     }
-    if errors.is_empty()
-        && let Err(error) = tokio::fs::remove_dir_all(dir).await
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        errors.push(Error::Directory(error));
-    }
     if errors.is_empty() { Ok(()) } else { Err(errors) }
+}
+
+/// Ends the capsule `id`, whose directory is `dir`, and gives back all of it.
+pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
+    stop(host, id, record).await?;
+    files::remove_all(&host.memory, dir).map_err(|error| vec![Error::Directory(error)])?;
+    collect(&host.memory);
+    Ok(())
 }

@@ -1,27 +1,33 @@
-//! Starting a capsule: slot, then network and disk at once, then the VMM, then the guest's first answer.
+//! Starting a capsule, wherever it begins: slot, then network and VMM beside disk and pager, then the guest's first answer.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
-use network::slot::{GUEST_MAC, TAP};
+use guest_api::RestoreKind;
+use network::slot::{GUEST_MAC, Slot, TAP};
 use serde::Serialize;
+use snapshot::Snapshot;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
-use vmm::client::{Boot, Client};
-use vmm::process::{Launch, Process};
+use vmm::client::{Boot, Client, Load, Memory};
+use vmm::process::{Companion, Exit, Launch, Process};
 
-use super::Spec;
-use super::record::{Journal, Phase};
-use crate::guest::{self, Guest};
-use crate::host::Host;
+use super::record::{Base, Journal, Phase, Record, Saved};
+use super::{Spec, files};
+use crate::guest::{self, Guest, Restoring};
+use crate::host::{Host, blocking};
+use crate::point::Point;
 
 /// From the VMM's start to the guest's first answer. A loaded machine without KVM needs seconds; nothing needs this.
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
 /// From the VMM's exec to its API.
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
+/// Pause between two looks for what the pager says.
+const READY_PAUSE: Duration = Duration::from_millis(1);
+/// What a pager exits with when the snapshot is of no use.
+const PAGER_DAMAGED: Exit = Exit::Code(10);
 
 /// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
@@ -55,18 +61,36 @@ pub enum Error {
     /// The root disk could not be made.
     #[error("making the root disk")]
     Disk(#[source] disk::Error),
+    /// What the capsule begins from could not be taken over.
+    #[error("taking over the snapshot")]
+    Place(#[source] io::Error),
+    /// Its share of the memory could not be taken over.
+    #[error("taking over the snapshot's memory")]
+    Link(#[source] snapshot::Error),
+    /// The snapshot's memory is damaged.
+    #[error("opening the snapshot's memory")]
+    Snapshot(#[source] snapshot::OpenError),
+    /// The VMM's state file is not the one that was saved.
+    #[error("the snapshot's VMM state is damaged")]
+    State,
     /// The VMM's cgroup could not be made.
     #[error("making the VMM's control group")]
     Cgroup(#[source] vmm::cgroup::Error),
     /// The VMM process could not be started.
     #[error("starting the VMM")]
     Launch(#[source] vmm::process::Error),
+    /// The pager could not be started.
+    #[error("starting the pager")]
+    Pager(#[source] vmm::process::Error),
     /// The VMM refused what it was asked.
     #[error("configuring the VMM")]
     Configure(#[source] vmm::client::Error),
     /// The VMM ended before the guest answered.
     #[error("the VMM ended during the start ({0})")]
-    Died(String),
+    Died(Exit),
+    /// The pager ended before the guest answered.
+    #[error("the pager ended during the start ({0})")]
+    PagerDied(Exit),
     /// The guest booted for too long.
     #[error("the guest did not answer within {} s", GUEST_LIMIT.as_secs())]
     Silent,
@@ -78,90 +102,290 @@ pub enum Error {
     Cancelled,
 }
 
+impl Error {
+    /// Whether what the capsule begins from is damaged, so that trying again is of no use.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(PAGER_DAMAGED))
+    }
+
+    /// Whether the cause may be what the capsule begins from, so that beginning otherwise may succeed.
+    pub fn is_of_origin(&self) -> bool {
+        match self {
+            Self::Place(_)
+            | Self::Link(_)
+            | Self::Snapshot(_)
+            | Self::State
+            | Self::Configure(_)
+            | Self::Died(_)
+            | Self::PagerDied(_)
+            | Self::Silent
+            | Self::Guest(_) => true,
+            Self::Record(_)
+            | Self::Claim(_)
+            | Self::Network(_)
+            | Self::NoImage(_)
+            | Self::Disk(_)
+            | Self::Cgroup(_)
+            | Self::Launch(_)
+            | Self::Pager(_)
+            | Self::Cancelled => false,
+        }
+    }
+}
+
+/// What a capsule begins from.
+#[derive(Clone, Copy)]
+pub enum Origin<'a> {
+    /// Its image, which is booted.
+    Image,
+    /// Its own pause, which it keeps until the guest has confirmed.
+    Pause,
+    /// What its image is after a boot, in place of that.
+    Boot(&'a Point),
+    /// What another was, with an identity of its own.
+    Point(&'a Point),
+}
+
+impl<'a> Origin<'a> {
+    fn point(self) -> Option<&'a Point> {
+        match self {
+            Self::Image | Self::Pause => None,
+            Self::Boot(point) | Self::Point(point) => Some(point),
+        }
+    }
+}
+
 /// A capsule that runs: what its driver holds.
 pub struct Running {
     /// The VMM.
     pub process: Process,
+    /// What serves its memory, if it did not boot.
+    pub pager: Option<Process>,
     /// The way into the guest.
     pub guest: Arc<Guest>,
 }
 
-/// Makes the capsule that `journal` describes. On failure the caller releases what the journal names.
-pub async fn start(host: &Host, journal: &mut Journal, cancelled: &CancellationToken) -> Result<Running, Error> {
+impl Running {
+    /// The VMM's API.
+    pub async fn client(&self, dir: &Path) -> Result<Client, vmm::client::Error> {
+        Client::connect(&dir.join(vmm::API_SOCKET), SOCKET_LIMIT, &self.process).await
+    }
+}
+
+/// Resolves when a pager ends though it is needed; never for one that has done its work, or where there is none.
+pub async fn pager_lost(pager: Option<&Process>, dir: &Path) -> Exit {
+    let Some(pager) = pager else { return std::future::pending().await };
+    let exit = pager.exited().await;
+    // Of one that an earlier agent started nobody could be told how it ended, so what it said itself counts.
+    if is_whole(dir) || has_said(dir, "vmm gone") { std::future::pending().await } else { exit }
+}
+
+/// Whether the pager of the capsule in `dir` has ended because it was not needed any more.
+pub fn is_whole(dir: &Path) -> bool {
+    has_said(dir, "whole")
+}
+
+fn has_said(dir: &Path, word: &str) -> bool {
+    std::fs::read_to_string(dir.join(files::PAGER_LOG)).is_ok_and(|log| log.lines().any(|line| line == word))
+}
+
+/// Makes the capsule that `journal` describes run. On failure the caller releases what the journal names.
+pub async fn start(
+    host: &Arc<Host>,
+    journal: &mut Journal,
+    origin: Origin<'_>,
+    cancelled: &CancellationToken,
+) -> Result<Running, Error> {
     let spec = journal.record().spec.clone();
-    let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
+    let dir = journal.dir().to_owned();
     // Each step says when it is done: `WRENN_LOG=agent=debug` shows where a start's time goes, and benchmarks read it.
     debug!(capsule = %spec.id, "recorded");
 
     let slot = host.claim_slot().map_err(Error::Claim)?;
     journal.update(|record| record.slot = Some(slot)).map_err(Error::Record)?;
     debug!(capsule = %spec.id, "slot claimed");
+    host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
 
-    let rootfs = journal.dir().join("rootfs.ext4");
-    let size = u64::from(spec.disk_mib) << 20;
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (network, disk) = tokio::join!(
-        host.create_network(slot).inspect(|_| debug!(capsule = %spec.id, "network made")),
-        host.clone_image(image, &rootfs, size).inspect(|_| debug!(capsule = %spec.id, "disk made")),
-    );
-    network.map_err(Error::Network)?;
-    disk.map_err(Error::Disk)?;
-    stop_if(cancelled)?;
+    let (process, placed) =
+        tokio::join!(launch(host, &spec, &dir, slot), place(host, &spec, &dir, origin, &journal.record().base));
+    let (process, Placed { saved, pager }) = (process?, placed?);
+    let recorded = journal.update(|record| {
+        record.vmm = Some(process.identity());
+        record.pager = pager.as_ref().map(Process::identity);
+        if let Some(saved) = &saved {
+            record.snapshots = record.snapshots.max(saved.number);
+            record.base = Base::Snapshot(saved.clone());
+        }
+    });
+    recorded.map_err(Error::Record)?;
+    if cancelled.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
 
-    let cgroup = host.cgroup(spec.id);
-    cgroup.create().map_err(Error::Cgroup)?;
+    let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
+    let bring_up = async {
+        let client = Client::connect(&dir.join(vmm::API_SOCKET), SOCKET_LIMIT, &process).await;
+        let client = client.map_err(Error::Configure)?;
+        debug!(capsule = %spec.id, "VMM listens");
+        let versions = match &saved {
+            None => boot(host, &client, &guest, &spec).await?,
+            Some(saved) => resume(&client, &guest, &spec, &dir, saved, origin, &journal.record().versions).await?,
+        };
+        Ok((client.version().to_string(), versions))
+    };
+    let (vmm_version, envd_version) = tokio::select! {
+        up = bring_up => up?,
+        exit = process.exited() => return Err(Error::Died(exit)),
+        exit = pager_lost(pager.as_ref(), &dir) => return Err(Error::PagerDied(exit)),
+        () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
+        () = cancelled.cancelled() => return Err(Error::Cancelled),
+    };
+    // Durable where that ends a pause: after a power cut it would be resumed with a disk that has moved on.
+    let running = |record: &mut Record| {
+        record.phase = Phase::Running;
+        record.generation += 1;
+        // The kernel is the one that was booted, here and now or in the snapshot.
+        let booted = origin.point().map_or(&record.versions, |point| &point.meta.versions);
+        let kernel = booted.get_key_value("kernel_version").map(|(name, version)| (name.clone(), version.clone()));
+        record.versions = host.versions(vmm_version, envd_version);
+        record.versions.extend(kernel);
+    };
+    match origin {
+        Origin::Pause => journal.commit(running).map_err(Error::Record)?,
+        Origin::Image | Origin::Boot(_) | Origin::Point(_) => journal.update(running).map_err(Error::Record)?,
+    }
+    let number = saved.map(|saved| saved.number);
+    files::tidy(&host.memory, &dir, number);
+    Ok(Running { process, pager, guest: Arc::new(guest) })
+}
+
+/// Makes the network, and the VMM in it.
+async fn launch(host: &Host, spec: &Spec, dir: &Path, slot: Slot) -> Result<Process, Error> {
+    host.create_network(slot).await.map_err(Error::Network)?;
+    debug!(capsule = %spec.id, "network made");
     let launch = Launch {
         binary: &host.config.vmm,
         id: &spec.id.to_string(),
-        dir: journal.dir(),
+        dir,
         netns: &slot.netns_path(),
-        cgroup: &cgroup,
-        log: &journal.dir().join("vmm.log"),
+        cgroup: &host.cgroup(spec.id),
+        log: &dir.join("vmm.log"),
     };
     let process = launch.spawn().await.map_err(Error::Launch)?;
-    journal.update(|record| record.vmm = Some(process.identity())).map_err(Error::Record)?;
     debug!(capsule = %spec.id, "VMM executed");
+    Ok(process)
+}
 
+/// What a capsule begins from, in its directory.
+struct Placed {
+    /// The snapshot; none is booted from.
+    saved: Option<Saved>,
+    pager: Option<Process>,
+}
+
+/// Puts what the capsule begins from into its directory, and starts the pager where there is memory to serve.
+async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &Base) -> Result<Placed, Error> {
+    let rootfs = dir.join(files::DISK);
+    let saved = match origin {
+        Origin::Image => {
+            let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
+            let size = u64::from(spec.disk_mib) << 20;
+            host.clone_image(image, &rootfs, size).await.map_err(Error::Disk)?;
+            debug!(capsule = %spec.id, "disk made");
+            return Ok(Placed { saved: None, pager: None });
+        }
+        Origin::Pause => {
+            let Base::Snapshot(saved) = base else { return Err(Error::State) };
+            // The guest is about to write to the disk, and if it comes to nothing this is what the pause had.
+            let disk = dir.join(files::disk(saved.number));
+            host.clone_disk(&rootfs, &disk).await.map_err(Error::Disk)?;
+            let parent = dir.to_owned();
+            blocking(move || files::sync(&disk).and_then(|()| files::sync(&parent))).await.map_err(Error::Place)?;
+            saved.clone()
+        }
+        Origin::Boot(point) | Origin::Point(point) => {
+            let disk = point.dir.join(files::DISK);
+            host.clone_disk(&disk, &rootfs).await.map_err(Error::Disk)?;
+            let saved = Saved { number: 1, state: point.meta.state.clone() };
+            let (memory, from, to, number) = (host.memory.clone(), point.dir.clone(), dir.to_owned(), saved.number);
+            let link = move || {
+                std::fs::copy(from.join(files::STATE), to.join(files::state(number))).map_err(Error::Place)?;
+                memory.link(&from.join(files::MEMORY), &to.join(files::memory(number))).map_err(Error::Link)
+            };
+            blocking(link).await?;
+            saved
+        }
+    };
+    debug!(capsule = %spec.id, "snapshot placed");
+    // Until the pager has opened everything, a merge of this memory must not take anything away.
+    let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
+    check(host, dir, &saved).await?;
+    let pager = pager(host, spec, dir, saved.number).await?;
+    drop(held);
+    debug!(capsule = %spec.id, "pager is ready");
+    Ok(Placed { saved: Some(saved), pager: Some(pager) })
+}
+
+/// Refuses a damaged snapshot before anything is begun from it. Pages are checked as they are read.
+async fn check(host: &Host, dir: &Path, saved: &Saved) -> Result<(), Error> {
+    let (generations, header) = (host.memory.generations().to_owned(), dir.join(files::memory(saved.number)));
+    let (state, digest) = (dir.join(files::state(saved.number)), saved.state.clone());
+    let check = move || {
+        Snapshot::open(&generations, &header).map_err(Error::Snapshot)?;
+        match files::digest(&state) {
+            Ok(found) if found == digest => Ok(()),
+            _ => Err(Error::State),
+        }
+    };
+    blocking(check).await
+}
+
+async fn pager(host: &Host, spec: &Spec, dir: &Path, number: u32) -> Result<Process, Error> {
+    for stale in [files::PAGER_SOCKET, files::PAGER_LOG] {
+        match std::fs::remove_file(dir.join(stale)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
+            _ => {}
+        }
+    }
+    let (binary, words) = &host.config.pager;
+    let memory = PathBuf::from(files::memory(number));
+    let mut args: Vec<&std::ffi::OsStr> = words.iter().map(AsRef::as_ref).collect();
+    args.extend([
+        // Relative, because the address of a socket ends at 107 bytes and paths do not.
+        "--socket".as_ref(),
+        files::PAGER_SOCKET.as_ref(),
+        "--header".as_ref(),
+        memory.as_os_str(),
+        "--generations".as_ref(),
+        host.memory.generations().as_os_str(),
+    ]);
+    let cgroup = host.cgroup(spec.id);
+    let log = dir.join(files::PAGER_LOG);
+    let companion = Companion { binary, args: &args, dir, cgroup: &cgroup, log: &log };
+    let pager = companion.spawn().await.map_err(Error::Pager)?;
+    while !has_said(dir, "ready") {
+        if let Some(exit) = pager.exit() {
+            return Err(Error::PagerDied(exit));
+        }
+        tokio::time::sleep(READY_PAUSE).await;
+    }
+    Ok(pager)
+}
+
+/// Boots the image. Returns envd's version.
+async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Result<String, Error> {
     let boot = Boot {
         kernel: &host.config.kernel,
         boot_args: BOOT_ARGS,
-        rootfs: &Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4"),
+        rootfs: &Path::new(vmm::CAPSULE_DIR).join(files::DISK),
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
         tap: TAP,
         mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
     };
-    let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
-    let socket = journal.dir().join(vmm::API_SOCKET);
-    let (vmm_version, envd_version) = tokio::select! {
-        booted = bring_up(&process, &socket, &boot, &guest, &spec) => booted?,
-        exit = process.exited() => return Err(Error::Died(exit.to_string())),
-        () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
-        () = cancelled.cancelled() => return Err(Error::Cancelled),
-    };
-    journal
-        .update(|record| {
-            record.phase = Phase::Running;
-            record.generation += 1;
-            record.versions = host.versions(vmm_version, envd_version);
-        })
-        .map_err(Error::Record)?;
-    Ok(Running { process, guest: Arc::new(guest) })
-}
-
-/// From a VMM that was just started to a guest that has answered. Returns the versions of both.
-async fn bring_up(
-    process: &Process,
-    socket: &Path,
-    boot: &Boot<'_>,
-    guest: &Guest,
-    spec: &Spec,
-) -> Result<(String, String), Error> {
-    let client = Client::connect(socket, SOCKET_LIMIT, process).await.map_err(Error::Configure)?;
-    debug!(capsule = %spec.id, "VMM listens");
-    client.configure(boot).await.map_err(Error::Configure)?;
-    let metadata = Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone() };
-    client.put_mmds(&metadata).await.map_err(Error::Configure)?;
+    client.configure(&boot).await.map_err(Error::Configure)?;
+    client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM configured");
     client.start().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");
@@ -169,9 +393,46 @@ async fn bring_up(
     debug!(capsule = %spec.id, "guest answered");
     guest.init(&spec.default_env).await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, "guest prepared");
-    Ok((client.version().to_string(), health.version))
+    Ok(health.version)
 }
 
-fn stop_if(cancelled: &CancellationToken) -> Result<(), Error> {
-    if cancelled.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+/// Loads the snapshot and lets the guest go on. Returns envd's version: the one that is in the memory.
+async fn resume(
+    client: &Client,
+    guest: &Guest,
+    spec: &Spec,
+    dir: &Path,
+    saved: &Saved,
+    origin: Origin<'_>,
+    versions: &std::collections::BTreeMap<String, String>,
+) -> Result<String, Error> {
+    let inside = Path::new(vmm::CAPSULE_DIR);
+    let load = Load {
+        state: &inside.join(files::state(saved.number)),
+        memory: Memory::Uffd(&inside.join(files::PAGER_SOCKET)),
+        resume: false,
+        track_dirty_pages: true,
+        tap: None,
+        vsock: None,
+        clock_realtime: false,
+    };
+    client.load_snapshot(&load).await.map_err(Error::Configure)?;
+    debug!(capsule = %spec.id, "snapshot loaded");
+    client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
+    client.resume().await.map_err(Error::Configure)?;
+    debug!(capsule = %spec.id, "guest started");
+    let name = spec.id.to_string();
+    let kind = if origin.point().is_some() { RestoreKind::Fork } else { RestoreKind::Resume };
+    // What boots is called as its image says, also when its boot was done before.
+    let hostname = matches!(origin, Origin::Point(_)).then_some(name.as_str());
+    let (token, versions) =
+        origin.point().map_or((guest.token(), versions), |point| (point.meta.token.as_str(), &point.meta.versions));
+    let restoring = Restoring { kind, hostname, token };
+    guest.restore(&spec.default_env, &restoring).await.map_err(Error::Guest)?;
+    debug!(capsule = %spec.id, dir = %dir.display(), "guest restored");
+    Ok(versions.get("envd_version").cloned().unwrap_or_default())
+}
+
+fn metadata(spec: &Spec) -> Metadata {
+    Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone() }
 }

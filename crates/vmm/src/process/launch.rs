@@ -1,6 +1,6 @@
 //! From a description of a VMM to its process: everything that happens between `fork` and `exec`.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
@@ -20,7 +20,10 @@ use tokio::sync::oneshot;
 
 use super::{Error, Identity, Process};
 use crate::cgroup::Cgroup;
-use crate::{API_SOCKET, CAPSULE_DIR};
+use crate::{API_SOCKET, CAPSULE_DIR, DUMP_DIR};
+
+/// All of the host's memory may go there: the VMM's control group is what bounds it.
+const DUMP_OPTIONS: &CStr = c"mode=0700,size=100%";
 
 /// Score added for the kernel's out-of-memory killer: a guest goes before the agent and the host's own services do.
 const OOM_SCORE_ADJ: &[u8] = b"500";
@@ -42,6 +45,22 @@ pub struct Launch<'a> {
     pub log: &'a Path,
 }
 
+/// A program that serves one VMM (its pager), and lives and dies with it: in the same cgroup, and like it not bound to the
+/// agent. It stays in the host's own namespaces.
+#[derive(Debug)]
+pub struct Companion<'a> {
+    /// The program.
+    pub binary: &'a Path,
+    /// What it is told.
+    pub args: &'a [&'a OsStr],
+    /// Where it is started.
+    pub dir: &'a Path,
+    /// The group it joins; must exist.
+    pub cgroup: &'a Cgroup,
+    /// Gets what it prints, appended; begun anew whenever it has grown past 4 MiB.
+    pub log: &'a Path,
+}
+
 /// How far a child came on its way to being the VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -55,7 +74,7 @@ pub enum Step {
     Detach,
     /// Making its mount namespace.
     MountNamespace,
-    /// Mounting the capsule's directory at the fixed place.
+    /// Mounting the capsule's directory at the fixed place, and memory for its dumps in it.
     CapsuleDir,
     /// Entering its network namespace.
     NetworkNamespace,
@@ -97,54 +116,73 @@ impl Launch<'_> {
     /// If the caller stops waiting, whatever was started meanwhile is killed again.
     pub async fn spawn(&self) -> Result<Process, Error> {
         let (command, child) = self.prepare()?;
-        let cgroup = self.cgroup.clone();
-        let binary = self.binary.to_owned();
-        let (sender, receiver) = oneshot::channel();
-        // Forking and mounting take milliseconds, and the agent has other capsules to attend to.
-        tokio::task::spawn_blocking(move || {
-            if let Err(Ok((_, pidfd))) = sender.send(start(command, child, &binary)) {
-                // The process ends by this and not by `cgroup`, which may be gone or be another's by now.
-                let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
-                super::reap(&pidfd);
-            }
-        });
-        let (identity, pidfd) = receiver.await.map_err(|_| Error::Start {
-            binary: self.binary.to_owned(),
-            step: Step::Fork,
-            source: io::Error::other("the runtime is shutting down"),
-        })??;
-        Process::watch(identity, cgroup, pidfd)
+        spawn(command, child, self.binary, self.cgroup).await
     }
 
     /// Everything that allocates or can fail on the host's side.
     fn prepare(&self) -> Result<(Command, Child), Error> {
-        let binary = fs::canonicalize(self.binary).map_err(refused("find", self.binary))?;
         let dir = fs::canonicalize(self.dir).map_err(refused("find", self.dir))?;
-        fs::create_dir_all(CAPSULE_DIR).map_err(refused("create", Path::new(CAPSULE_DIR)))?;
+        let dump = dir.join(DUMP_DIR);
+        for made in [Path::new(CAPSULE_DIR), &dump] {
+            fs::create_dir_all(made).map_err(refused("create", made))?;
+        }
         let socket = dir.join(API_SOCKET);
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(refused("remove", &socket)(error)),
             _ => {}
         }
-        let log = OpenOptions::new().create(true).append(true).mode(0o600).open(self.log);
-        let log = log.map_err(refused("open", self.log))?;
-        let errors = log.try_clone().map_err(refused("open", self.log))?;
-        let procs = self.cgroup.path().join("cgroup.procs");
-        let child = Child {
-            agent: rustix::process::getpid(),
-            cgroup: OpenOptions::new().write(true).open(&procs).map_err(refused("open", &procs))?,
+        let room = Room {
             netns: File::open(self.netns).map_err(refused("open", self.netns))?,
             netns_dir: text(self.netns.parent().unwrap_or(Path::new("/")))?,
             dir: text(&dir)?,
             capsule_dir: text(Path::new(CAPSULE_DIR))?,
+            dump_dir: text(&Path::new(CAPSULE_DIR).join(DUMP_DIR))?,
         };
-        let mut command = Command::new(binary);
+        let mut command = command(self.binary, self.log)?;
         command.arg("--api-sock").arg(Path::new(CAPSULE_DIR).join(API_SOCKET)).args(["--id", self.id]);
-        // The agent's environment has its secrets; the VMM needs only to find programs.
-        command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-        command.current_dir("/").stdin(Stdio::null()).stdout(log).stderr(errors);
-        Ok((command, child))
+        command.current_dir("/");
+        Ok((command, Child::new(self.cgroup, Some(room))?))
     }
+}
+
+impl Companion<'_> {
+    /// Starts the program and returns once it is executed.
+    ///
+    /// If the caller stops waiting, whatever was started meanwhile is killed again.
+    pub async fn spawn(&self) -> Result<Process, Error> {
+        let mut command = command(self.binary, self.log)?;
+        command.args(self.args).current_dir(self.dir);
+        spawn(command, Child::new(self.cgroup, None)?, self.binary, self.cgroup).await
+    }
+}
+
+/// A command without arguments yet. The agent's environment has its secrets; it gets only what finds programs.
+fn command(binary: &Path, log: &Path) -> Result<Command, Error> {
+    let mut command = Command::new(fs::canonicalize(binary).map_err(refused("find", binary))?);
+    let out = OpenOptions::new().create(true).append(true).mode(0o600).open(log).map_err(refused("open", log))?;
+    let errors = out.try_clone().map_err(refused("open", log))?;
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    command.stdin(Stdio::null()).stdout(out).stderr(errors);
+    Ok(command)
+}
+
+async fn spawn(command: Command, child: Child, binary: &Path, cgroup: &Cgroup) -> Result<Process, Error> {
+    let (sender, receiver) = oneshot::channel();
+    let program = binary.to_owned();
+    // Forking and mounting take milliseconds, and the agent has other capsules to attend to.
+    tokio::task::spawn_blocking(move || {
+        if let Err(Ok((_, pidfd))) = sender.send(start(command, child, &program)) {
+            // The process ends by this and not by its cgroup, which may be gone or be another's by now.
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+            super::reap(&pidfd);
+        }
+    });
+    let (identity, pidfd) = receiver.await.map_err(|_| Error::Start {
+        binary: binary.to_owned(),
+        step: Step::Fork,
+        source: io::Error::other("the runtime is shutting down"),
+    })??;
+    Process::watch(identity, cgroup.clone(), pidfd)
 }
 
 fn text(path: &Path) -> Result<CString, Error> {
@@ -161,12 +199,12 @@ fn start(mut command: Command, child: Child, binary: &Path) -> Result<(Identity,
     let failed = |step, source| Error::Start { binary: binary.to_owned(), step, source };
     let (progress, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(Step::Fork, error.into()))?;
     // SAFETY: the closure runs in the forked child, where other threads of the agent do not exist and their locks may be
-    // held for ever. `Child::become_vmm` and the write below make system calls only: they neither allocate nor lock, and all
+    // held for ever. `Child::become_program` and the write below make system calls only: they neither allocate nor lock, and all
     // that they use was made before the fork.
     unsafe {
         command.pre_exec(move || {
             let mut reached = Step::Guard;
-            child.become_vmm(&mut reached).inspect_err(|_| {
+            child.become_program(&mut reached).inspect_err(|_| {
                 let _ = rustix::io::write(&writer, &[reached as u8]);
             })
         });
@@ -192,15 +230,28 @@ fn start(mut command: Command, child: Child, binary: &Path) -> Result<(Identity,
 struct Child {
     agent: Pid,
     cgroup: File,
+    /// Where a VMM is shut in; a companion is not.
+    room: Option<Room>,
+}
+
+/// The namespaces of a VMM, and what is in them.
+struct Room {
     netns: File,
     netns_dir: CString,
     dir: CString,
     capsule_dir: CString,
+    dump_dir: CString,
 }
 
 impl Child {
-    /// Turns the forked child into the process that the VMM is executed in. Runs after `fork`: system calls only.
-    fn become_vmm(&self, reached: &mut Step) -> io::Result<()> {
+    fn new(cgroup: &Cgroup, room: Option<Room>) -> Result<Self, Error> {
+        let procs = cgroup.path().join("cgroup.procs");
+        let cgroup = OpenOptions::new().write(true).open(&procs).map_err(refused("open", &procs))?;
+        Ok(Self { agent: rustix::process::getpid(), cgroup, room })
+    }
+
+    /// Turns the forked child into the process that the program is executed in. Runs after `fork`: system calls only.
+    fn become_program(&self, reached: &mut Step) -> io::Result<()> {
         // Until it is in its cgroup, nobody who comes after the agent could find it: it must die with the agent.
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         if rustix::process::getppid() != Some(self.agent) {
@@ -212,6 +263,17 @@ impl Child {
         rustix::process::set_parent_process_death_signal(None)?;
         *reached = Step::Detach;
         detach()?;
+        if let Some(room) = &self.room {
+            room.enter(reached)?;
+        }
+        *reached = Step::Exec;
+        close_all_on_exec()
+    }
+}
+
+impl Room {
+    /// Makes the mount namespace and enters the network namespace. Runs after `fork`: system calls only.
+    fn enter(&self, reached: &mut Step) -> io::Result<()> {
         *reached = Step::MountNamespace;
         // SAFETY: a new mount namespace shares no memory or descriptors differently; this child has one thread.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
@@ -225,10 +287,12 @@ impl Child {
         }
         *reached = Step::CapsuleDir;
         rustix::mount::mount_bind(self.dir.as_c_str(), self.capsule_dir.as_c_str())?;
+        // What the guest had in memory goes here and never to a disk as it is; it is gone with the VMM.
+        let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
+        rustix::mount::mount(c"tmpfs", self.dump_dir.as_c_str(), c"tmpfs", flags, Some(DUMP_OPTIONS))?;
         *reached = Step::NetworkNamespace;
         rustix::thread::move_into_link_name_space(self.netns.as_fd(), Some(LinkNameSpaceType::Network))?;
-        *reached = Step::Exec;
-        close_all_on_exec()
+        Ok(())
     }
 }
 

@@ -3,14 +3,12 @@
 //! Each failure is made by breaking something real (the image, the kernel, the VMM, the network), and afterwards the
 //! machine must hold nothing of the capsule.
 
-mod common;
-
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
+use crate::common::{Host, spec};
 use agent_api::{CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, ListCapsulesRequest};
 use api::CapsuleId;
-use common::{Host, spec};
 use connectrpc::ErrorCode;
 use testkit::agent_conformance::{self, Subject};
 

@@ -1,0 +1,217 @@
+//! Boot snapshots: every image template gets one per size, taken of a guest that nobody else ever had, so that creating a
+//! capsule is a resume. Nobody but the start of a capsule knows of them: they are in no list and no count.
+//!
+//! One is good only where all that went into it is the same: image, kernel, VMM, processor. That is in its name, so a
+//! stale one has a name that nobody asks for, and goes when the host is opened.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api::CapsuleId;
+use sha2::{Digest, Sha256};
+use snapshot::Store;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::capsule::record::Journal;
+use crate::capsule::release::release;
+use crate::capsule::start::{self, Origin};
+use crate::capsule::{Spec, save};
+use crate::host::{Config, Host, Sizes};
+use crate::point::{self, Meta, Point};
+use crate::random_token;
+
+/// How many there are at most. Each takes the disk and memory that a booted guest has written.
+const MOST: usize = 16;
+
+/// An image and a size.
+type Key = (String, Sizes);
+
+/// The boot snapshots of a host.
+pub struct Boots {
+    dir: PathBuf,
+    /// What all of them depend on besides the image, as text; `None` when none are wanted.
+    machine: Option<String>,
+    state: Mutex<State>,
+    /// Ends what is being made.
+    stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct State {
+    points: BTreeMap<String, Arc<Point>>,
+    wanted: Vec<Key>,
+    /// Sizes that were tried, whether or not anything came of it.
+    tried: BTreeSet<Key>,
+    /// The task that makes what is wanted, one after the other.
+    maker: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Boots {
+    /// Those in `root` that are still good; the others are removed.
+    pub fn open(config: &Config, images: &BTreeMap<String, PathBuf>, root: &Path, memory: &Store) -> io::Result<Self> {
+        let dir = root.join("boots");
+        let machine = config.boot_snapshots.map(|_| machine(config)).transpose()?;
+        let boots = Self { dir, machine, state: Mutex::default(), stop: CancellationToken::new() };
+        let good: BTreeSet<String> = images.values().filter_map(|image| boots.prefix(image)).collect();
+        let points = point::open_all(memory, &boots.dir)?;
+        let (kept, stale): (BTreeMap<_, _>, BTreeMap<_, _>) = points
+            .into_iter()
+            .partition(|(name, _)| name.split_once('-').is_some_and(|(prefix, _)| good.contains(prefix)));
+        stale.values().for_each(|point| point.doom());
+        boots.lock().points = kept;
+        Ok(boots)
+    }
+
+    /// The one of that image file and those sizes.
+    pub fn get(&self, image: &Path, sizes: Sizes) -> Option<Arc<Point>> {
+        let name = self.name(image, sizes)?;
+        self.lock().points.get(&name).cloned()
+    }
+
+    /// Throws away one that turned out to be of no use.
+    pub fn discard(&self, point: &Arc<Point>) {
+        point.doom();
+        self.lock().points.retain(|_, other| !Arc::ptr_eq(point, other));
+    }
+
+    /// Has one made in the background if there is none, and it was not tried yet.
+    pub fn want(host: &Arc<Host>, image: &str, sizes: Sizes) {
+        let boots = &host.boots;
+        let Some(name) = host.images.get(image).and_then(|file| boots.name(file, sizes)) else { return };
+        let key = (image.to_owned(), sizes);
+        let mut state = boots.lock();
+        let is_new = !state.points.contains_key(&name) && state.points.len() + state.wanted.len() < MOST;
+        if boots.stop.is_cancelled() || !is_new || !state.tried.insert(key.clone()) {
+            return;
+        }
+        state.wanted.push(key);
+        if state.maker.as_ref().is_none_or(|maker| maker.is_finished()) {
+            state.maker = Some(tokio::spawn(make_all(host.clone())));
+        }
+    }
+
+    /// Ends what is being made and waits until nothing of it is left. None are made any more.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        let maker = self.lock().maker.take();
+        if let Some(maker) = maker {
+            // A maker that panicked has said so.
+            let _ = maker.await;
+        }
+    }
+
+    fn name(&self, image: &Path, sizes: Sizes) -> Option<String> {
+        let Sizes { vcpus, memory_mib, disk_mib } = sizes;
+        Some(format!("{}-{vcpus}-{memory_mib}-{disk_mib}", self.prefix(image)?))
+    }
+
+    /// What the names of an image's boot snapshots begin with. Images are named by their content.
+    fn prefix(&self, image: &Path) -> Option<String> {
+        let machine = self.machine.as_ref()?;
+        let digest = Sha256::new().chain_update(machine).chain_update(image.file_name()?.as_encoded_bytes()).finalize();
+        Some(hex::encode(&digest[..8]))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything but the image that a restored guest depends on.
+fn machine(config: &Config) -> io::Result<String> {
+    let mut text = String::new();
+    for file in [&config.kernel, &config.vmm] {
+        let file = fs::canonicalize(file).unwrap_or_else(|_| file.clone());
+        // One that is missing is for the first start to complain about.
+        let (size, time) =
+            fs::metadata(&file).map_or((0, 0), |metadata| (metadata.size(), metadata.mtime_nsec() + metadata.mtime()));
+        text += &format!("{} {size} {time}\n", file.display());
+    }
+    let processor = fs::read_to_string("/proc/cpuinfo")?;
+    let is_kind =
+        |line: &&str| ["model", "vendor_id", "stepping", "microcode", "flags"].iter().any(|of| line.starts_with(of));
+    // The first processor's lines: they come first.
+    let mut seen = BTreeSet::new();
+    for line in processor.lines().filter(is_kind) {
+        if seen.insert(line.split(':').next()) {
+            text += line;
+        }
+    }
+    text += &fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    Ok(text)
+}
+
+async fn make_all(host: Arc<Host>) {
+    let boots = &host.boots;
+    while !boots.stop.is_cancelled() {
+        let Some((image, sizes)) = boots.lock().wanted.pop() else { return };
+        match make(&host, &image, sizes).await {
+            Ok(()) => info!(image, ?sizes, "took a boot snapshot"),
+            Err(_) if boots.stop.is_cancelled() => {}
+            Err(error) => warn!(image, ?sizes, error = crate::chain(&error), "no boot snapshot could be taken"),
+        }
+    }
+}
+
+/// Why there is no boot snapshot.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("preparing")]
+    Prepare(#[source] io::Error),
+    #[error("booting")]
+    Start(#[from] start::Error),
+    #[error("saving")]
+    Save(#[from] save::Failed),
+    #[error("keeping it")]
+    Keep(#[source] io::Error),
+}
+
+/// Boots a guest that nobody knows of, and keeps what it is then.
+async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> {
+    let id = CapsuleId::random();
+    let Sizes { vcpus, memory_mib, disk_mib } = sizes;
+    let spec = Spec {
+        id,
+        image: image.to_owned(),
+        vcpus,
+        memory_mib,
+        disk_mib,
+        timeout_sec: 0,
+        default_env: BTreeMap::new(),
+        template_id: String::new(),
+    };
+    let token = random_token().map_err(Error::Prepare)?;
+    let mut journal = Journal::create(host.passing(), spec, token).map_err(Error::Prepare)?;
+    let made = capture(host, &mut journal).await;
+    let released = release(host, id, journal.dir(), Some(journal.record())).await;
+    for error in released.err().unwrap_or_default() {
+        warn!(error = crate::chain(&error), "left behind by a boot snapshot");
+    }
+    made
+}
+
+async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(), Error> {
+    let running = start::start(host, journal, Origin::Image, &host.boots.stop).await?;
+    let spec = &journal.record().spec;
+    let sizes = Sizes { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib };
+    let image = host.images.get(&spec.image).expect("it was booted");
+    let name = host.boots.name(image, sizes).expect("none are made where none are wanted");
+    let dir = host.boots.dir.join(&name);
+    fs::create_dir(&dir).map_err(Error::Keep)?;
+    let digest = match save::capture(host, journal, &running, &dir).await {
+        Ok(digest) => digest,
+        Err(failed) => {
+            point::discard(&host.memory, &dir);
+            return Err(failed.into());
+        }
+    };
+    let point = Point::made(&host.memory, dir, Meta::of(journal.record(), digest));
+    point.keep().await.map_err(Error::Keep)?;
+    host.boots.lock().points.insert(name, point);
+    Ok(())
+}

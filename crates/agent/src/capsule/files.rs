@@ -1,0 +1,109 @@
+//! What lies in a capsule's directory, and in a point's: one place for the names.
+//!
+//! ```text
+//! record.json  rootfs.ext4  vmm.log  api.sock  pager.sock  pager.log  dump/   of the capsule
+//! memory-N  state-N                                                           its snapshot N: header, VMM's state
+//! disk-N                                                                      snapshot N's disk, while a resume from
+//!                                                                             it has not succeeded
+//! point.json  memory  state  rootfs.ext4                                      of a point
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use snapshot::Store;
+use tracing::warn;
+
+/// The root disk of a capsule or point.
+pub const DISK: &str = "rootfs.ext4";
+/// What a pager prints.
+pub const PAGER_LOG: &str = "pager.log";
+/// The socket of a capsule's pager.
+pub const PAGER_SOCKET: &str = "pager.sock";
+/// A point's header.
+pub const MEMORY: &str = "memory";
+/// A point's VMM state.
+pub const STATE: &str = "state";
+
+/// The name of a snapshot's header.
+pub fn memory(number: u32) -> String {
+    format!("{MEMORY}-{number}")
+}
+
+/// The name of a snapshot's VMM state.
+pub fn state(number: u32) -> String {
+    format!("{STATE}-{number}")
+}
+
+/// The name of a snapshot's own disk.
+pub fn disk(number: u32) -> String {
+    format!("disk-{number}")
+}
+
+/// Every header in `dir`, a capsule's directory or a point's.
+pub fn headers(dir: &Path) -> Vec<PathBuf> {
+    let is_header = |name: &str| {
+        name == MEMORY
+            || name.strip_prefix("memory-").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_header)).map(|entry| entry.path()).collect()
+}
+
+/// SHA-256 of a file, in hex.
+pub fn digest(path: &Path) -> io::Result<String> {
+    Ok(hex::encode(Sha256::digest(fs::read(path)?)))
+}
+
+/// Makes a file durable that somebody else wrote.
+pub fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Makes everything in `dir`, and `dir` itself, durable.
+pub fn sync_all_in(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            sync(&entry.path())?;
+        }
+    }
+    sync(dir)
+}
+
+/// Removes every snapshot of the capsule in `dir` but number `keep`. What cannot be removed stays for the next time.
+pub fn tidy(memory: &Store, dir: &Path, keep: Option<u32>) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        let Some((kind, number)) =
+            path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('-'))
+        else {
+            continue;
+        };
+        let Ok(number) = number.parse::<u32>() else { continue };
+        if Some(number) == keep && kind != "disk" {
+            continue;
+        }
+        let removed = match kind {
+            "memory" => memory.remove(&path).map_err(|error| crate::chain(&error)),
+            "state" | "disk" => fs::remove_file(&path).map_err(|error| error.to_string()),
+            _ => continue,
+        };
+        if let Err(error) = removed {
+            warn!(file = %path.display(), error, "an old snapshot stays for now");
+        }
+    }
+}
+
+/// Removes a directory with whatever headers it has.
+pub fn remove_all(memory: &Store, dir: &Path) -> io::Result<()> {
+    for header in headers(dir) {
+        memory.remove(&header).map_err(io::Error::other)?;
+    }
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,234 @@
+//! Saving a running capsule, in two ways that share their parts: [`pause`] puts it aside, [`capture`] keeps what it is now
+//! as a point for others and lets it go on.
+//!
+//! The VMM writes the guest's memory to a tmpfs of its own; what was written since the last snapshot and is not zero is
+//! packed from there into a generation on disk. Until that is done the record says that the capsule has no base
+//! ([`Base::Lost`]): the VMM has forgotten what was written before, so a snapshot that fails must be followed by a full one.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use tracing::{debug, warn};
+use vmm::client::{Client, SnapshotKind};
+
+use super::files;
+use super::record::{Base, Journal, Phase, Record, Saved};
+use super::start::Running;
+use crate::host::{Host, blocking};
+
+/// Name of the dump in the VMM's tmpfs.
+const DUMP: &str = "memory";
+
+/// The step of a save that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The record could not be written.
+    #[error("writing the capsule's record")]
+    Record(#[source] io::Error),
+    /// The VMM refused what it was asked.
+    #[error("asking the VMM")]
+    Vmm(#[source] vmm::client::Error),
+    /// What the VMM wrote could not be used.
+    #[error("reading what the VMM wrote")]
+    Dump(#[source] io::Error),
+    /// The memory could not be stored.
+    #[error("storing the memory")]
+    Memory(#[source] snapshot::Error),
+    /// The disk could not be shared.
+    #[error("cloning the root disk")]
+    Disk(#[source] disk::Error),
+    /// What was saved could not be made durable or put in its place.
+    #[error("keeping what was saved")]
+    Keep(#[source] io::Error),
+}
+
+/// A save that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", if *.goes_on { "the capsule goes on" } else { "the guest stands still" })]
+pub struct Failed {
+    /// At what.
+    #[source]
+    pub error: Error,
+    /// Whether the guest runs as before. If not, its VMM is of no use any more.
+    pub goes_on: bool,
+}
+
+/// Saves the capsule and leaves it standing still, recorded as paused: from then on nothing that runs of it is needed.
+pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -> Result<(), Failed> {
+    let mut save = Save::begin(journal, Phase::Pausing).map_err(|error| Failed { error, goes_on: true })?;
+    running.guest.prepare().await;
+    let saved = async {
+        let client = running.client(journal.dir()).await.map_err(Error::Vmm)?;
+        client.pause().await.map_err(Error::Vmm)?;
+        save.dump(&client, journal).await?;
+        let disk = journal.dir().join(files::DISK);
+        let (synced, saved) = tokio::join!(blocking(move || files::sync(&disk)), save.pack(host, journal, running));
+        synced.map_err(Error::Keep)?;
+        saved
+    };
+    let committed = match saved.await {
+        Ok(saved) => journal.commit(|record| save.done(record, Phase::Paused, saved)).map_err(Error::Record),
+        Err(error) => Err(error),
+    };
+    let Err(error) = committed else { return Ok(()) };
+    let back = journal.update(|record| save.undo(record));
+    if let (Error::Record(_), Err(again)) = (&error, &back) {
+        // The record on disk may say that it is paused, and cannot be made to say otherwise. What was saved is whole.
+        warn!(dir = %journal.dir().display(), error = again as &dyn std::error::Error, "paused, with a record that may not say so");
+        return Ok(());
+    }
+    save.discard(host, journal);
+    Err(Failed { error, goes_on: go_on(journal.dir(), running).await })
+}
+
+/// Writes what the capsule is now into `dest`, an empty directory: header, VMM state and disk of a point. The guest stands
+/// still while the VMM writes its memory, and goes on while that is packed. Says what the state file's digest is.
+pub async fn capture(
+    host: &Arc<Host>,
+    journal: &mut Journal,
+    running: &Running,
+    dest: &Path,
+) -> Result<String, Failed> {
+    let mut save = Save::begin(journal, Phase::Running).map_err(|error| Failed { error, goes_on: true })?;
+    running.guest.prepare().await;
+    let stopped = async {
+        let client = running.client(journal.dir()).await.map_err(Error::Vmm)?;
+        client.pause().await.map_err(Error::Vmm)?;
+        save.dump(&client, journal).await?;
+        let (disk, clone) = (journal.dir().join(files::DISK), dest.join(files::DISK));
+        host.clone_disk(&disk, &clone).await.map_err(Error::Disk)
+    };
+    let stopped = stopped.await;
+    let goes_on = go_on(journal.dir(), running).await;
+    debug!(dir = %journal.dir().display(), "goes on");
+    let kept = async {
+        stopped?;
+        let saved = save.pack(host, journal, running).await?;
+        save.place(host, journal, dest).await?;
+        let digest = saved.state.clone();
+        journal.update(|record| save.done(record, Phase::Running, saved)).map_err(Error::Record)?;
+        Ok(digest)
+    };
+    match kept.await {
+        Ok(digest) if goes_on => {
+            files::tidy(&host.memory, journal.dir(), Some(save.number));
+            Ok(digest)
+        }
+        Ok(_) => Err(Failed { error: Error::Dump(io::ErrorKind::BrokenPipe.into()), goes_on }),
+        Err(error) => {
+            // On disk it has no base, which is as true.
+            let _ = journal.update(|record| save.undo(record));
+            save.discard(host, journal);
+            Err(Failed { error, goes_on })
+        }
+    }
+}
+
+/// Lets the guest run again, and its processes with it.
+async fn go_on(dir: &Path, running: &Running) -> bool {
+    let resumed = async { running.client(dir).await?.resume().await };
+    if let Err(error) = resumed.await {
+        warn!(dir = %dir.display(), error = &error as &dyn std::error::Error, "the guest stands still");
+        return false;
+    }
+    running.guest.unfreeze().await;
+    true
+}
+
+/// One snapshot in the making.
+struct Save {
+    number: u32,
+    /// What it adds to.
+    base: Base,
+    /// Whether the VMM may have forgotten what was written since `base`.
+    dumped: bool,
+}
+
+impl Save {
+    fn begin(journal: &mut Journal, phase: Phase) -> Result<Self, Error> {
+        let base = journal.record().base.clone();
+        let begun = journal.update(|record| {
+            record.phase = phase;
+            record.snapshots += 1;
+            record.base = Base::Lost;
+        });
+        begun.map_err(Error::Record)?;
+        Ok(Self { number: journal.record().snapshots, base, dumped: false })
+    }
+
+    /// Has the VMM write its state beside the record, and the memory where nobody else sees it.
+    async fn dump(&mut self, client: &Client, journal: &Journal) -> Result<(), Error> {
+        self.dumped = true;
+        let kind = match self.base {
+            Base::Boot | Base::Snapshot(_) => SnapshotKind::Diff,
+            Base::Lost => SnapshotKind::Full,
+        };
+        let inside = Path::new(vmm::CAPSULE_DIR);
+        let (state, memory) = (inside.join(files::state(self.number)), inside.join(vmm::DUMP_DIR).join(DUMP));
+        let size = journal.record().spec.memory_mib;
+        client.create_snapshot(kind, &state, &memory, size).await.map_err(Error::Vmm)?;
+        debug!(dir = %journal.dir().display(), ?kind, "dumped");
+        Ok(())
+    }
+
+    /// Makes what was dumped the capsule's snapshot, durably, but for the record.
+    async fn pack(&self, host: &Arc<Host>, journal: &Journal, running: &Running) -> Result<Saved, Error> {
+        let dir = journal.dir().to_owned();
+        let parent = match &self.base {
+            Base::Snapshot(saved) => Some(dir.join(files::memory(saved.number))),
+            Base::Boot | Base::Lost => None,
+        };
+        let dump = running.process.sees(&Path::new(vmm::CAPSULE_DIR).join(vmm::DUMP_DIR).join(DUMP));
+        let (store, number) = (host.memory.clone(), self.number);
+        let saved = blocking(move || {
+            let state = dir.join(files::state(number));
+            files::sync(&state).map_err(Error::Keep)?;
+            let digest = files::digest(&state).map_err(Error::Keep)?;
+            let memory = File::open(&dump).map_err(Error::Dump)?;
+            let packed = store.pack(&memory, parent.as_deref()).map_err(Error::Memory)?;
+            store.commit(&packed, &dir.join(files::memory(number))).map_err(Error::Memory)?;
+            // It is memory, and the capsule may go on for long.
+            fs::remove_file(&dump).map_err(Error::Dump)?;
+            Ok(Saved { number, state: digest })
+        });
+        let saved = saved.await;
+        debug!(dir = %journal.dir().display(), "packed");
+        saved
+    }
+
+    /// Gives a point its share of the snapshot.
+    async fn place(&self, host: &Arc<Host>, journal: &Journal, dest: &Path) -> Result<(), Error> {
+        let (store, dir, dest, number) = (host.memory.clone(), journal.dir().to_owned(), dest.to_owned(), self.number);
+        let place = move || {
+            fs::copy(dir.join(files::state(number)), dest.join(files::STATE)).map_err(Error::Keep)?;
+            store.link(&dir.join(files::memory(number)), &dest.join(files::MEMORY)).map_err(Error::Memory)
+        };
+        blocking(place).await
+    }
+
+    /// What is recorded when all of it is in place.
+    fn done(&self, record: &mut Record, phase: Phase, saved: Saved) {
+        record.phase = phase;
+        record.base = Base::Snapshot(saved);
+        if phase == Phase::Paused {
+            record.generation += 1;
+        }
+    }
+
+    /// What is recorded when nothing came of it.
+    fn undo(&self, record: &mut Record) {
+        record.phase = Phase::Running;
+        record.base = if self.dumped { Base::Lost } else { self.base.clone() };
+    }
+
+    /// Removes what came of it. A header that stayed would be taken for a whole pause.
+    fn discard(&self, host: &Host, journal: &Journal) {
+        let keep = match &journal.record().base {
+            Base::Snapshot(saved) => Some(saved.number),
+            Base::Boot | Base::Lost => None,
+        };
+        files::tidy(&host.memory, journal.dir(), keep);
+    }
+}

@@ -1,0 +1,43 @@
+//! Forking: one point of the parent, from which all children start at once.
+
+use futures::StreamExt;
+use tracing::warn;
+
+use crate::capsule::driver::From;
+use crate::capsule::{Handle, Spec};
+use crate::{Agent, templates};
+
+/// How many children start at the same time: each takes a processor while it wakes up.
+const AT_ONCE: usize = 8;
+
+/// Why there are no children at all.
+#[derive(Debug, thiserror::Error)]
+#[error("taking the fork point")]
+pub struct Error(#[source] pub templates::CaptureError);
+
+impl Agent {
+    /// Makes a capsule of each spec that begins as `parent` is now. In their order: the child, or why there is none. What
+    /// could not be started has left nothing.
+    pub(crate) async fn fork(
+        &self,
+        parent: &Handle,
+        children: Vec<Spec>,
+    ) -> Result<Vec<Result<Handle, String>>, Error> {
+        // Nobody keeps it, so it goes with the last child that begins from it.
+        let point = self.capture(parent, self.host.passing()).await.map_err(Error)?;
+        let starts = children.into_iter().map(|spec| {
+            let (agent, point) = (self.clone(), point.clone());
+            async move {
+                let id = spec.id;
+                let handle = agent.create(spec, From::Point(point)).map_err(|error| crate::chain(&error))?;
+                let settled = handle.settled().await;
+                if settled.has_ended() {
+                    warn!(child = %id, reason = settled.reason, "a fork could not be started");
+                    return Err(settled.reason);
+                }
+                Ok(handle)
+            }
+        });
+        Ok(futures::stream::iter(starts).buffered(AT_ONCE).collect().await)
+    }
+}

@@ -1,0 +1,279 @@
+//! A real agent in a directory of its own, listening on a socket file, and the count of what it holds.
+
+use std::fs;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use agent::{Agent, Config};
+use agent_api::*;
+use api::CapsuleId;
+use connectrpc::ConnectError;
+use guest_api::process::__buffa::view::oneof::process_event::Event;
+use guest_api::process::__buffa::view::oneof::process_event::data_event::Output;
+use guest_api::process::{ProcessConfig, StartRequest};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+
+/// What an agent is asked, wherever it listens.
+pub struct Caller(pub Endpoint);
+
+impl Caller {
+    pub fn endpoint(&self) -> Endpoint {
+        self.0.clone()
+    }
+
+    pub fn lifecycle(&self) -> Lifecycle {
+        Transport::new(self.endpoint()).lifecycle()
+    }
+
+    /// Makes a capsule, which runs then.
+    pub async fn create(&self, spec: CapsuleSpec) -> Result<Capsule, ConnectError> {
+        let request = CreateCapsuleRequest { spec: spec.into(), ..Default::default() };
+        Ok(self.lifecycle().create_capsule(request).await?.into_owned().capsule.into_option().unwrap())
+    }
+
+    pub async fn destroy(&self, id: CapsuleId) {
+        let request = DestroyCapsuleRequest { id: id.to_string(), ..Default::default() };
+        self.lifecycle().destroy_capsule(request).await.unwrap();
+    }
+
+    pub async fn pause(&self, id: CapsuleId) -> Result<Capsule, ConnectError> {
+        let request = PauseCapsuleRequest { id: id.to_string(), ..Default::default() };
+        Ok(self.lifecycle().pause_capsule(request).await?.into_owned().capsule.into_option().unwrap())
+    }
+
+    pub async fn resume(&self, id: CapsuleId) -> Result<Capsule, ConnectError> {
+        let request = ResumeCapsuleRequest { id: id.to_string(), ..Default::default() };
+        Ok(self.lifecycle().resume_capsule(request).await?.into_owned().capsule.into_option().unwrap())
+    }
+
+    pub async fn fork(&self, id: CapsuleId, children: &[CapsuleId]) -> Result<Vec<Child>, ConnectError> {
+        let children = children.iter().map(ToString::to_string).collect();
+        let request = ForkCapsuleRequest { id: id.to_string(), children, ..Default::default() };
+        Ok(self.lifecycle().fork_capsule(request).await?.into_owned().children)
+    }
+
+    /// The capsule as it is listed.
+    pub async fn listed(&self, id: CapsuleId) -> Capsule {
+        let list = self.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned();
+        list.capsules.into_iter().find(|capsule| capsule.id == id.to_string()).unwrap()
+    }
+
+    /// Waits until the capsule is listed in that state.
+    pub async fn until(&self, id: CapsuleId, state: CapsuleState) -> Capsule {
+        loop {
+            let capsule = self.listed(id).await;
+            if capsule.state == state {
+                return capsule;
+            }
+            assert!(
+                !(capsule.state == CapsuleState::Failed || capsule.state == CapsuleState::Stopped),
+                "{:?}: {}",
+                capsule.state,
+                capsule.reason
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// What a shell in the guest prints, without the last newline.
+    pub async fn sh(&self, id: CapsuleId, script: &str) -> String {
+        self.try_sh(id, script).await.unwrap_or_else(|error| panic!("{script}: {error}"))
+    }
+
+    pub async fn try_sh(&self, id: CapsuleId, script: &str) -> Result<String, ConnectError> {
+        let processes = Transport::new(self.endpoint()).guest(id);
+        let args = vec!["-c".into(), script.into()];
+        let process = ProcessConfig { cmd: "/bin/sh".into(), args, ..Default::default() };
+        let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
+        let mut stream = processes.start(request).await?;
+        let mut out = Vec::new();
+        while let Some(message) = stream.message().await? {
+            match message.view().event.event.as_ref() {
+                Some(Event::Data(data)) => {
+                    if let Some(Output::Stdout(bytes) | Output::Stderr(bytes)) = data.output {
+                        out.extend_from_slice(bytes);
+                    }
+                }
+                Some(Event::End(end)) => {
+                    assert_eq!(end.exit_code, 0, "{script}: {}", String::from_utf8_lossy(&out));
+                    return Ok(String::from_utf8(out).unwrap().trim_end().to_owned());
+                }
+                _ => {}
+            }
+        }
+        panic!("the stream ended without an end")
+    }
+}
+
+pub struct Host {
+    pub agent: Agent,
+    caller: Caller,
+    dir: TempDir,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+    shutdown: CancellationToken,
+}
+
+/// The images that `make images` prepared, and the VMM that this build made.
+fn config(dir: &Path) -> Config {
+    let cache =
+        std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
+    let images = PathBuf::from(cache).join("images");
+    let manifest = fs::read(images.join("images.json")).expect("`make images` was run");
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let file = |value: &Value| images.join(value.as_str().unwrap());
+    let test = std::env::current_exe().unwrap();
+    let program = |name: &str| test.ancestors().nth(2).unwrap().join(name);
+    Config {
+        dir: dir.to_owned(),
+        vmm: program("firecracker-qemu"),
+        kernel: file(&manifest["kernel"]),
+        templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"]))].into(),
+        pager: (program("wrenn"), vec!["pager".into()]),
+        boot_snapshots: None,
+    }
+}
+
+pub fn spec(id: CapsuleId) -> CapsuleSpec {
+    CapsuleSpec {
+        id: id.to_string(),
+        image: "minimal".into(),
+        vcpus: 1,
+        memory_mib: 256,
+        disk_mib: 5120,
+        ..Default::default()
+    }
+}
+
+impl Deref for Host {
+    type Target = Caller;
+
+    fn deref(&self) -> &Caller {
+        &self.caller
+    }
+}
+
+impl Host {
+    /// Opens an agent whose configuration `change` has altered.
+    pub async fn open(change: impl FnOnce(&mut Config)) -> Self {
+        Self::open_in(TempDir::with_prefix("wrenn-agent-").unwrap(), change).await
+    }
+
+    /// Opens an agent on what another left in `dir`.
+    pub async fn open_in(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = config(dir.path());
+        change(&mut config);
+        let _ = fs::remove_file(dir.path().join("agent.sock"));
+        let agent = Agent::open(config).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
+        let serving = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+        let caller = Caller(Endpoint::Unix(dir.path().join("agent.sock")));
+        Self { agent, caller, server: tokio::spawn(serving.into_future()), dir, shutdown }
+    }
+
+    /// Where images and capsules are, on either kind of disk.
+    pub fn root(&self) -> PathBuf {
+        let volume = self.dir.path().join("volume");
+        if volume.exists() { volume } else { self.dir.path().to_owned() }
+    }
+
+    fn instance(&self) -> String {
+        let socket = self.agent.socket();
+        socket.file_stem().unwrap().to_str().unwrap().trim_start_matches("agent-").to_owned()
+    }
+
+    /// How much of capsules this agent holds on the machine: directories, claims and their namespaces, control groups,
+    /// firewall elements. 0 when there is no capsule.
+    pub fn holds(&self) -> usize {
+        let instance = self.instance();
+        let claims: Vec<String> = names("/run/wrenn/slots")
+            .into_iter()
+            .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(&instance)))
+            .collect();
+        let namespaces =
+            claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
+        let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}/wrenn-{instance}"));
+        let groups: usize = groups.iter().map(|group| directories(group)).sum();
+        let table = Command::new("nft").args(["list", "table", "inet", &format!("wrenn_{instance}")]).output().unwrap();
+        let elements = String::from_utf8_lossy(&table.stdout).matches("wrenn-veth").count();
+        directories(self.root().join("capsules").to_str().unwrap()) + claims.len() + namespaces + groups + elements
+    }
+
+    /// The directory of a capsule.
+    pub fn capsule(&self, id: CapsuleId) -> PathBuf {
+        self.root().join("capsules").join(id.to_string())
+    }
+
+    /// What the capsule's record says.
+    pub fn record(&self, id: CapsuleId) -> Value {
+        serde_json::from_slice(&fs::read(self.capsule(id).join("record.json")).unwrap()).unwrap()
+    }
+
+    /// Kills a process that the capsule's record names.
+    pub fn kill(&self, id: CapsuleId, process: &str) {
+        let pid = self.record(id)[process]["pid"].as_i64().unwrap_or_else(|| panic!("it has no {process}"));
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+
+    /// How many processes run in the control groups of this agent's capsules.
+    pub fn processes(&self) -> usize {
+        let groups = format!("/wrenn-{}/", self.instance());
+        names("/proc")
+            .into_iter()
+            .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&groups)))
+            // One that has ended holds nothing any more; the machine's init collects it when it gets to it.
+            .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
+            .count()
+    }
+
+    /// How many generations of memory are kept.
+    pub fn generations(&self) -> usize {
+        names(self.root().join("generations").to_str().unwrap()).len()
+    }
+
+    /// Waits until what nobody needs any more is collected, which happens beside everything else.
+    pub async fn until_generations(&self, count: usize) {
+        while self.generations() != count {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Stops the agent after its capsules were paused; nothing is left but the directory.
+    pub async fn put_away(self) -> TempDir {
+        self.shutdown.cancel();
+        self.server.await.unwrap().unwrap();
+        self.agent.close().await.unwrap();
+        self.dir
+    }
+
+    /// Stops the agent as it is, without asking its capsules; what is left is in the directory.
+    pub async fn leave(self) -> TempDir {
+        self.shutdown.cancel();
+        self.server.await.unwrap().unwrap();
+        drop(self.agent);
+        self.dir
+    }
+
+    /// Stops serving and gives back what the agent itself holds, which must succeed.
+    pub async fn close(self) {
+        self.shutdown.cancel();
+        self.server.await.unwrap().unwrap();
+        self.agent.destroy_all().await;
+        self.agent.close().await.unwrap();
+    }
+}
+
+fn names(dir: &str) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn directories(dir: &str) -> usize {
+    fs::read_dir(dir).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()).count()
+}

@@ -1,0 +1,238 @@
+//! Pausing and resuming real capsules: what survives, what a failure leaves, and what a killed process does.
+
+use std::fs;
+
+use crate::common::{Host, spec};
+use agent_api::{CapsuleState, TouchCapsuleRequest};
+use api::CapsuleId;
+use connectrpc::ErrorCode;
+
+/// A program that keeps a secret in its memory and tells it to whoever asks by a file.
+const KEEPER: &str = "mkdir -p /tmp/k; cat > /tmp/k/run <<'X'\n\
+    secret=$(head -c 32 /dev/urandom | sha256sum); n=0\n\
+    while true; do n=$((n+1)); echo $n > /tmp/k/n.new; mv /tmp/k/n.new /tmp/k/n; \
+    if [ -e /tmp/k/ask ]; then rm /tmp/k/ask; echo $secret > /tmp/k/t; mv /tmp/k/t /tmp/k/told; fi; sleep 0.05; done\nX\n\
+    setsid sh /tmp/k/run > /dev/null 2>&1 < /dev/null & while [ ! -e /tmp/k/n ]; do sleep 0.05; done";
+/// Asks it.
+const ASK: &str =
+    "rm -f /tmp/k/told; touch /tmp/k/ask; while [ ! -e /tmp/k/told ]; do sleep 0.05; done; cat /tmp/k/told";
+
+async fn created(host: &Host) -> CapsuleId {
+    let id = CapsuleId::random();
+    host.create(spec(id)).await.unwrap();
+    id
+}
+
+#[tokio::test]
+async fn processes_memory_and_files_survive_a_pause_and_nothing_runs_meanwhile() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    host.sh(id, KEEPER).await;
+    let secret = host.sh(id, ASK).await;
+    host.sh(id, "echo kept > /root/file; sync").await;
+    let boot = host.sh(id, "cat /proc/sys/kernel/random/boot_id").await;
+    let before = host.listed(id).await.generation;
+
+    let paused = host.pause(id).await.unwrap();
+    assert_eq!(paused.state, CapsuleState::Paused);
+    assert!(paused.generation > before);
+    // Its directory, and nothing else.
+    assert_eq!((host.holds(), host.processes()), (1, 0));
+    assert_eq!(host.pause(id).await.unwrap().generation, paused.generation, "a second pause changes nothing");
+    assert_eq!(host.try_sh(id, "true").await.unwrap_err().code, ErrorCode::FailedPrecondition);
+    host.lifecycle().touch_capsule(TouchCapsuleRequest { id: id.to_string(), ..Default::default() }).await.unwrap();
+
+    let resumed = host.resume(id).await.unwrap();
+    assert_eq!(resumed.state, CapsuleState::Running);
+    assert!(resumed.generation > paused.generation && !resumed.host_ip.is_empty());
+    assert_eq!(host.resume(id).await.unwrap().generation, resumed.generation, "a second resume changes nothing");
+    assert_eq!(host.sh(id, ASK).await, secret);
+    assert_eq!(host.sh(id, "cat /root/file; cat /proc/sys/kernel/random/boot_id").await, format!("kept\n{boot}"));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let guest: u64 = host.sh(id, "date +%s").await.parse().unwrap();
+    assert!(guest.abs_diff(now) <= 2, "the guest's clock says {guest} at {now}");
+    host.destroy(id).await;
+    assert_eq!(host.holds(), 0);
+    host.until_generations(0).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn twelve_pauses_lose_nothing_and_keep_few_generations() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    host.sh(id, KEEPER).await;
+    let secret = host.sh(id, ASK).await;
+    host.sh(id, "head -c 8M /dev/urandom > /dev/shm/m; md5sum < /dev/shm/m > /dev/shm/sum").await;
+    for round in 0..12 {
+        host.sh(id, &format!("head -c 1M /dev/urandom > /root/{round}; md5sum /root/{round} >> /root/sums")).await;
+        host.pause(id).await.unwrap();
+        host.resume(id).await.unwrap();
+        assert_eq!(host.sh(id, ASK).await, secret, "round {round}");
+        host.sh(id, "md5sum -c /root/sums > /dev/null; test \"$(md5sum < /dev/shm/m)\" = \"$(cat /dev/shm/sum)\"")
+            .await;
+    }
+    host.pause(id).await.unwrap();
+    // They are merged beside everything else.
+    while host.generations() > 8 {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    host.resume(id).await.unwrap();
+    assert_eq!(host.sh(id, ASK).await, secret);
+    host.sh(id, "md5sum -c /root/sums > /dev/null").await;
+    host.destroy(id).await;
+    host.until_generations(0).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn an_idle_capsule_is_paused_by_itself_and_an_open_exchange_keeps_it() {
+    let host = Host::open(|_| {}).await;
+    let id = CapsuleId::random();
+    host.create(agent_api::CapsuleSpec { timeout_sec: 3, ..spec(id) }).await.unwrap();
+    // Twice the timeout without a byte.
+    host.sh(id, "sleep 6").await;
+    assert_eq!(host.listed(id).await.state, CapsuleState::Running);
+    let paused = host.until(id, CapsuleState::Paused).await;
+    assert!(paused.reason.contains("nothing happened for 3 s"), "{}", paused.reason);
+    assert_eq!(host.processes(), 0);
+    assert_eq!(host.resume(id).await.unwrap().reason, "");
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_pause_waits_for_short_exchanges_and_cuts_long_ones() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    let (short, long, paused) = tokio::join!(
+        host.try_sh(id, "sleep 0.5; echo whole"),
+        host.try_sh(id, "echo begun > /root/begun; sleep 600"),
+        async {
+            while host.try_sh(id, "cat /root/begun").await.is_err() {}
+            host.pause(id).await
+        }
+    );
+    paused.unwrap();
+    assert_eq!(short.unwrap(), "whole");
+    assert!(long.is_err(), "{long:?}");
+    host.resume(id).await.unwrap();
+    // Its process was not cut.
+    host.sh(id, "pgrep -f 'sleep 600' > /dev/null || ps | grep -q 'sleep 60[0]'").await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn damage_is_told_and_leaves_the_capsule_paused() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    host.sh(id, KEEPER).await;
+    let secret = host.sh(id, ASK).await;
+    host.pause(id).await.unwrap();
+    let file = |kind: &str| {
+        let entries = fs::read_dir(host.capsule(id)).unwrap().flatten();
+        let mut found = entries.filter(|entry| entry.file_name().to_str().unwrap().starts_with(kind));
+        found.next().unwrap().path()
+    };
+    for kind in ["memory-", "state-"] {
+        let path = file(kind);
+        let good = fs::read(&path).unwrap();
+        let mut flipped = good.clone();
+        flipped[good.len() / 2] ^= 0x10;
+        for bad in [flipped, good[..good.len() / 2].to_vec(), Vec::new(), vec![0x55; 4096]] {
+            fs::write(&path, bad).unwrap();
+            let error = host.resume(id).await.unwrap_err();
+            assert_eq!(error.code, ErrorCode::DataLoss, "{kind}: {error}");
+            let listed = host.listed(id).await;
+            assert_eq!(listed.state, CapsuleState::Paused);
+            assert!(!listed.reason.is_empty());
+            assert_eq!((host.holds(), host.processes()), (1, 0));
+        }
+        fs::write(&path, good).unwrap();
+    }
+    host.resume(id).await.unwrap();
+    assert_eq!(host.sh(id, ASK).await, secret);
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_pager_or_vmm_that_dies_ends_the_capsule_with_a_reason() {
+    let host = Host::open(|_| {}).await;
+    for (process, word) in [("pager", "memory"), ("vmm", "VMM")] {
+        let id = created(&host).await;
+        host.pause(id).await.unwrap();
+        host.resume(id).await.unwrap();
+        // It may have served everything by now, and be gone in peace.
+        let log = fs::read_to_string(host.capsule(id).join("pager.log")).unwrap();
+        if process == "pager" && log.contains("whole") {
+            host.destroy(id).await;
+            continue;
+        }
+        host.kill(id, process);
+        let ended = loop {
+            let capsule = host.listed(id).await;
+            if capsule.state == CapsuleState::Failed {
+                break capsule;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        };
+        assert!(ended.reason.contains(word), "{}", ended.reason);
+        assert_eq!((host.holds(), host.processes()), (0, 0));
+    }
+    host.until_generations(0).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_pause_that_cannot_be_kept_lets_the_capsule_run_on() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    host.sh(id, KEEPER).await;
+    let secret = host.sh(id, ASK).await;
+    let generations = host.root().join("generations");
+    for _ in 0..2 {
+        fs::rename(&generations, host.root().join("elsewhere")).unwrap();
+        let error = host.pause(id).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Internal, "{error}");
+        fs::rename(host.root().join("elsewhere"), &generations).unwrap();
+        assert_eq!(host.listed(id).await.state, CapsuleState::Running);
+        assert_eq!(host.sh(id, ASK).await, secret);
+        // What the failed pause would have held is in this one.
+        host.pause(id).await.unwrap();
+        host.resume(id).await.unwrap();
+        assert_eq!(host.sh(id, ASK).await, secret);
+    }
+    host.close().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_leaves_paused_capsules_paused_and_running_ones_running() {
+    let host = Host::open(|_| {}).await;
+    let ids = [created(&host).await, created(&host).await];
+    for id in ids {
+        host.sh(id, KEEPER).await;
+    }
+    let secrets = [host.sh(ids[0], ASK).await, host.sh(ids[1], ASK).await];
+    host.pause(ids[0]).await.unwrap();
+    host.pause(ids[1]).await.unwrap();
+    host.resume(ids[1]).await.unwrap();
+    let before = [host.listed(ids[0]).await, host.listed(ids[1]).await];
+    let dir = host.leave().await;
+    let host = Host::open_in(dir, |_| {}).await;
+    for (id, before) in ids.into_iter().zip(before) {
+        let after = host.listed(id).await;
+        assert_eq!((after.state, after.generation >= before.generation), (before.state, true));
+    }
+    assert_eq!(host.sh(ids[1], ASK).await, secrets[1]);
+    host.resume(ids[0]).await.unwrap();
+    assert_eq!(host.sh(ids[0], ASK).await, secrets[0]);
+    assert!(host.agent.pause_all().await.is_empty());
+    assert_eq!(host.processes(), 0);
+    let dir = host.put_away().await;
+    let host = Host::open_in(dir, |_| {}).await;
+    for (id, secret) in ids.into_iter().zip(secrets) {
+        assert_eq!(host.listed(id).await.state, CapsuleState::Paused);
+        host.resume(id).await.unwrap();
+        assert_eq!(host.sh(id, ASK).await, secret);
+    }
+    host.close().await;
+}
