@@ -21,3 +21,8 @@ fn what_is_done_in_a_capsule() {
 fn git() {
     passes("test_wrenn_git.py");
 }
+
+#[test]
+fn pause_resume_and_templates() {
+    passes("test_wrenn_pause.py");
+}

@@ -127,6 +127,16 @@ pub enum Error {
     Panic(#[from] tokio::task::JoinError),
 }
 
+impl Error {
+    /// What is said of it to clients.
+    pub fn told(&self) -> String {
+        match self {
+            Self::Host(error) => error.to_string(),
+            error => error.to_string(),
+        }
+    }
+}
+
 /// A row as clients see it.
 pub fn show(capsule: db::capsule::Capsule) -> api::Capsule {
     let db::capsule::Capsule { id, spec, created_at, life, .. } = capsule;

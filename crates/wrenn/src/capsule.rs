@@ -4,12 +4,15 @@ mod cp;
 mod create;
 mod exec;
 mod follow;
+mod fork;
 mod kill;
 mod list;
 mod logs;
+mod pause;
 mod ps;
 mod rm;
 mod shell;
+mod snapshot;
 mod stdio;
 
 use std::process::ExitCode;
@@ -42,6 +45,10 @@ enum Verb {
     Ps(ps::Ps),
     Kill(kill::Kill),
     Logs(logs::Logs),
+    Pause(pause::Pause),
+    Resume(pause::Resume),
+    Fork(fork::Fork),
+    Snapshot(snapshot::Snapshot),
     Rm(rm::Rm),
 }
 
@@ -62,6 +69,10 @@ impl CapsuleCommand {
             Verb::Ps(ps) => ps.run(&client, self.json).await,
             Verb::Kill(kill) => kill.run(&client).await,
             Verb::Logs(logs) => logs.run(&client).await,
+            Verb::Pause(pause) => pause.run(&client, self.json).await,
+            Verb::Resume(resume) => resume.run(&client, self.json).await,
+            Verb::Fork(fork) => fork.run(&client, self.json).await,
+            Verb::Snapshot(snapshot) => snapshot.run(&client, self.json).await,
             Verb::Rm(rm) => rm.run(&client, self.json).await,
         }
     }

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod images;
 pub mod pager;
 pub mod rest;
+pub mod template;
 pub mod terminal;
 pub mod up;
 pub mod vmm_choice;
@@ -37,6 +38,7 @@ enum Command {
     Agent(agent::AgentCommand),
     Control(control::ControlCommand),
     Capsule(capsule::CapsuleCommand),
+    Template(template::TemplateCommand),
     Doctor(doctor::Doctor),
     #[command(hide = true)]
     Pager(pager::PagerCommand),

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::{
-    Capsule, CapsuleId, CreateCapsule, Depth, DirectoryEntries, ErrorBody, ErrorCode, ErrorDetail, Exec, ExecResult,
-    ExecStarted, FilePath, ProcessList, Signal,
+    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, ErrorBody, ErrorCode, ErrorDetail,
+    Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, Signal, Template,
 };
 use clap::Args;
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
@@ -26,6 +26,8 @@ const DEFAULT_URL: &str = "http://127.0.0.1:9725";
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// For everything that does not run a command; a create may hold its answer until the guest has booted.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
+/// For copying a capsule, which takes as long as there is to write.
+const COPY_LIMIT: Duration = Duration::from_secs(660);
 /// What a foreground command gets on top of its own time, for its answer to arrive.
 const EXEC_MARGIN: Duration = Duration::from_secs(10);
 
@@ -119,6 +121,33 @@ impl Client {
 
     pub async fn destroy(&self, id: CapsuleId) -> Result<()> {
         self.send(self.request(Method::DELETE, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await.map(drop)
+    }
+
+    pub async fn pause(&self, id: CapsuleId) -> Result<Capsule> {
+        self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/pause")).timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn resume(&self, id: CapsuleId) -> Result<Capsule> {
+        self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/resume")).timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn fork(&self, id: CapsuleId, request: &ForkCapsule) -> Result<Vec<Capsule>> {
+        let request = self.request(Method::POST, &format!("/v1/capsules/{id}/fork")).json(request);
+        Ok(self.read::<Forked>(request.timeout(COPY_LIMIT)).await?.capsules)
+    }
+
+    pub async fn snapshot(&self, request: &CreateSnapshot, overwrite: bool) -> Result<Template> {
+        let path = if overwrite { "/v1/snapshots?overwrite=true" } else { "/v1/snapshots" };
+        self.read(self.request(Method::POST, path).json(request).timeout(COPY_LIMIT)).await
+    }
+
+    pub async fn templates(&self) -> Result<Vec<Template>> {
+        self.read(self.request(Method::GET, "/v1/snapshots").timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn delete_template(&self, name: &str) -> Result<()> {
+        let path = format!("/v1/snapshots/{}", encoded(name));
+        self.send(self.request(Method::DELETE, &path).timeout(CALL_LIMIT)).await.map(drop)
     }
 
     /// Runs a command to its end. `limit` is the command's own.

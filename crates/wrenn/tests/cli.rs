@@ -137,6 +137,9 @@ impl Server {
             .route("/v1/capsules/{id}/processes", get(processes))
             .route("/v1/capsules/{id}/processes/{process}", delete(kill))
             .route("/v1/capsules/{id}/processes/{process}/stream", any(process_stream))
+            .route("/v1/capsules/{id}/{verb}", post(move_on))
+            .route("/v1/snapshots", post(snapshot).get(templates))
+            .route("/v1/snapshots/{name}", delete(forget))
             .with_state(seen.clone());
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -209,6 +212,46 @@ async fn remove(State(seen): State<Seen>, UrlPath(id): UrlPath<CapsuleId>) -> Re
         return StatusCode::NO_CONTENT.into_response();
     }
     refuse(StatusCode::NOT_FOUND, ErrorCode::NotFound, "there is no such capsule")
+}
+
+/// On the way at first, there at the second look.
+async fn move_on(
+    State(seen): State<Seen>,
+    UrlPath((_, verb)): UrlPath<(CapsuleId, String)>,
+    body: axum::body::Bytes,
+) -> Response {
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    seen.lock().unwrap().push((verb.clone(), body.clone()));
+    match verb.as_str() {
+        "pause" => capsule(Status::Paused).into_response(),
+        "resume" => capsule(Status::Resuming).into_response(),
+        _ => {
+            let forks = vec![capsule(Status::Running).0; body["count"].as_u64().unwrap() as usize];
+            (StatusCode::CREATED, Json(json!({"capsules": forks}))).into_response()
+        }
+    }
+}
+
+fn template(name: &str) -> Value {
+    json!({"name": name, "type": "snapshot", "vcpus": 1, "memory_mb": 512, "disk_size_mb": 5120, "size_bytes": 1,
+        "created_at": "2026-11-22T00:00:00Z", "platform": false, "protected": false, "metadata": {}})
+}
+
+async fn snapshot(State(seen): State<Seen>, uri: Uri, Json(body): Json<Value>) -> Response {
+    seen.lock().unwrap().push((format!("snapshot {}", uri.query().unwrap_or_default()), body.clone()));
+    (StatusCode::CREATED, Json(template(body["name"].as_str().unwrap_or("template-1")))).into_response()
+}
+
+async fn templates() -> Json<Value> {
+    Json(json!([template("mine"), template("yours")]))
+}
+
+async fn forget(State(seen): State<Seen>, UrlPath(name): UrlPath<String>) -> Response {
+    seen.lock().unwrap().push((format!("forget {name}"), Value::Null));
+    match name.as_str() {
+        "minimal" => refuse(StatusCode::FORBIDDEN, ErrorCode::Forbidden, "it is the platform's"),
+        _ => StatusCode::NO_CONTENT.into_response(),
+    }
 }
 
 async fn exec(State(seen): State<Seen>, UrlPath(id): UrlPath<CapsuleId>, Json(body): Json<Value>) -> Response {
@@ -360,6 +403,55 @@ fn exec_passes_bytes_and_codes_through() {
     let foreign = server.run(&["exec", "--json", ID, "else"]);
     assert_eq!(foreign.status.code(), Some(125));
     assert!(text(&foreign.stderr).contains("502 Bad Gateway"), "{}", text(&foreign.stderr));
+    server.end();
+}
+
+#[test]
+fn capsules_sleep_wake_and_multiply() {
+    let server = Server::start();
+    let output = server.run(&["pause", ID]);
+    assert_eq!((text(&output.stdout), text(&output.stderr)), (format!("{ID}\n").as_str(), ""));
+    server.seen();
+    // The first look at it finds it starting: it is not on its way any more.
+    let output = server.run(&["resume", ID]);
+    assert_eq!(text(&output.stderr), format!("error: cannot resume {ID}: it is starting\n"));
+    let output = server.run(&["resume", ID, "--json"]);
+    assert_eq!(serde_json::from_slice::<Vec<Capsule>>(&output.stdout).unwrap()[0].status, Status::Running);
+    server.seen();
+
+    let output = server.run(&["fork", ID, "--count", "3", "--label", "a=b"]);
+    assert_eq!(text(&output.stdout), format!("{ID}\n").repeat(3));
+    assert_eq!(server.seen(), [("fork".to_owned(), json!({"count": 3, "metadata": {"a": "b"}}))]);
+    let output = server.run(&["fork", ID, "--json"]);
+    assert_eq!(serde_json::from_slice::<Vec<Capsule>>(&output.stdout).unwrap().len(), 1);
+    server.end();
+}
+
+#[test]
+fn templates_are_made_listed_and_removed() {
+    let server = Server::start();
+    let top = |arguments: &[&str]| wrenn().env("XDG_STATE_HOME", server.home.path()).args(arguments).output().unwrap();
+    assert_eq!(text(&server.run(&["snapshot", ID]).stdout), "template-1\n");
+    assert_eq!(text(&server.run(&["snapshot", ID, "--name", "mine", "--overwrite"]).stdout), "mine\n");
+    assert_eq!(server.run(&["snapshot", ID, "--overwrite"]).status.code(), Some(2), "of what?");
+    assert_eq!(
+        server.seen(),
+        [
+            ("snapshot ".to_owned(), json!({"sandbox_id": ID, "name": null})),
+            ("snapshot overwrite=true".to_owned(), json!({"sandbox_id": ID, "name": "mine"})),
+        ]
+    );
+    assert_eq!(text(&top(&["template", "list", "-q"]).stdout), "mine\nyours\n");
+    let table = top(&["template", "ls"]);
+    assert!(
+        text(&table.stdout).lines().nth(1).unwrap().starts_with("mine   snapshot      1    512 MiB   5120 MiB  2026")
+    );
+    let listed: Vec<api::Template> = serde_json::from_slice(&top(&["template", "list", "--json"]).stdout).unwrap();
+    assert_eq!(listed.len(), 2);
+    let output = top(&["template", "rm", "a/b", "minimal", "mine"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), "a/b\nmine\n"));
+    assert_eq!(text(&output.stderr), "error: cannot remove minimal: it is the platform's\n");
+    assert_eq!(server.seen()[0].0, "forget a/b");
     server.end();
 }
 

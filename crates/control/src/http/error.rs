@@ -73,14 +73,14 @@ impl From<api::Invalid> for Error {
 
 impl From<op::Error> for Error {
     fn from(error: op::Error) -> Self {
-        let message = error.to_string();
+        let message = error.told();
         match error {
             op::Error::Store(error) => error.into(),
             op::Error::Panic(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "a request failed");
                 Self::new(ErrorCode::InternalError, "the request met a fault of the platform")
             }
-            op::Error::Host(error) => Self::new(host_code(&error), error.to_string()),
+            op::Error::Host(error) => Self::new(host_code(&error), message),
             op::Error::Guest(source) => {
                 tracing::warn!(error = &source as &dyn std::error::Error, "a guest did not answer as it should");
                 Self::new(ErrorCode::AgentError, message)

@@ -48,7 +48,7 @@ async fn start(ctx: Arc<Context>, parent: Capsule, children: Vec<Capsule>) -> Re
         Err(error) => error.into(),
     };
     tracing::warn!(parent = %parent.id, error = &error as &dyn std::error::Error, "the capsule was not forked");
-    let given_up = children.into_iter().map(async |child| give_up(&ctx, child, error.to_string()).await);
+    let given_up = children.into_iter().map(async |child| give_up(&ctx, child, error.told()).await);
     join_all(given_up).await.into_iter().collect::<Result<(), _>>()?;
     // The host may know better than we what it has.
     ctx.nudge.notify_one();

@@ -38,7 +38,7 @@ pub async fn create(
     let work = ctx.clone();
     let made = ctx.tasks.spawn(async move {
         let made = make(&work, &capsule, &name, overwrite).await;
-        let outcome = made.as_ref().map(drop).map_err(ToString::to_string);
+        let outcome = made.as_ref().map(drop).map_err(Error::told);
         work.events.template(
             EventName::TemplateSnapshotCreate,
             capsule.team,

@@ -13,13 +13,13 @@ use crate::world::{PATIENCE, World, on_both};
 
 on_both![a_life_is_told, failures_are_told, others_are_not_told, a_stream_ends_with_the_control_plane];
 
-struct Listener {
+pub struct Listener {
     answer: reqwest::Response,
     text: String,
 }
 
 impl Listener {
-    async fn new(world: &World) -> Self {
+    pub async fn new(world: &World) -> Self {
         let request = world.client.get(format!("{}/v1/events/stream", world.url)).header("x-api-key", &world.key);
         let answer = request.send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
@@ -30,7 +30,7 @@ impl Listener {
     }
 
     /// The next event; `None` at the stream's end.
-    async fn next(&mut self) -> Option<Event> {
+    pub async fn next(&mut self) -> Option<Event> {
         loop {
             if let Some((frame, rest)) = self.text.split_once("\n\n") {
                 let lines: Vec<_> = frame.lines().map(|line| line.split_once(':').unwrap()).collect();
@@ -56,7 +56,7 @@ impl Listener {
     }
 
     /// The events up to and with the next that was asked for.
-    async fn until_asked(&mut self) -> (Vec<(String, String)>, Event) {
+    pub async fn until_asked(&mut self) -> (Vec<(String, String)>, Event) {
         let mut changes = Vec::new();
         loop {
             let event = self.next().await.unwrap();

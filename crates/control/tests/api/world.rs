@@ -121,6 +121,11 @@ impl World {
         body["id"].as_str().unwrap().parse().unwrap()
     }
 
+    /// Posts without a body, as the SDK does.
+    pub async fn ask(&self, id: CapsuleId, verb: &str) -> (StatusCode, Value) {
+        self.send(self.request(Method::POST, &format!("/v1/capsules/{id}/{verb}"))).await
+    }
+
     pub async fn status(&self, id: CapsuleId) -> String {
         let (status, body) = self.get(&format!("/v1/capsules/{id}")).await;
         assert_eq!(status, StatusCode::OK, "{body}");

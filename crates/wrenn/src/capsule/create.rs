@@ -21,16 +21,16 @@ pub(super) struct Create {
     /// What it is made from [default: minimal].
     #[arg(long)]
     template: Option<String>,
-    /// Virtual processors [default: 1].
+    /// Virtual processors [default: 1, or the template's own].
     #[arg(long)]
     vcpus: Option<i64>,
-    /// Memory in MiB [default: 512].
+    /// Memory in MiB [default: 512, or the template's own].
     #[arg(long, value_name = "MIB")]
     memory: Option<i64>,
-    /// Most its root disk may grow to, in MiB [default: 5120].
+    /// Most its root disk may grow to, in MiB [default: 5120, or the template's own].
     #[arg(long, value_name = "MIB")]
     disk: Option<i64>,
-    /// Seconds without use after which its host acts by itself; 0 means never [default: 0].
+    /// Seconds without use after which its host pauses it; 0 means never [default: 0].
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<i64>,
     /// A label; may be repeated.

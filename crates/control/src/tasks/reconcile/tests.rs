@@ -110,3 +110,72 @@ async fn a_quiet_round_writes_nothing() {
     assert_eq!(db::capsule::get(&world.ctx.db, world.team, capsule.id).await.unwrap(), before);
     assert!(changes.try_recv().is_err());
 }
+
+/// Makes the row look as if nothing had happened to it for that long.
+async fn age(world: &World, capsule: &Capsule, by: std::time::Duration) {
+    let long_ago = db::now() - TimeDelta::from_std(by).unwrap();
+    let query = db::capsule::Entity::update_many()
+        .col_expr(db::capsule::Column::LastUpdated, sea_orm::sea_query::Expr::value(long_ago));
+    query.filter(db::capsule::Column::Id.eq(capsule.id.0)).exec(&world.ctx.db).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_lost_pause_is_asked_again_after_a_while() {
+    let mut world = World::new().await;
+    let capsule = world.row().await;
+    world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_RUNNING, 2);
+    world.round().await;
+    let capsule = db::capsule::get(&world.ctx.db, world.team, capsule.id).await.unwrap().unwrap();
+    let state = State { desired: lifecycle::Desired::Paused, ..capsule.life.state };
+    let life = Life { state, last_updated: db::now(), ..capsule.life.clone() };
+    assert!(db::capsule::advance(&world.ctx.db, &capsule, &life).await.unwrap());
+    world.round().await;
+    assert_eq!(*world.agent.pauses().borrow(), 0, "it may be on its way");
+    age(&world, &capsule, lifecycle::GRACE).await;
+    let mut changes = world.ctx.changes.subscribe();
+    world.round().await;
+    assert_eq!(changes.recv().await.unwrap(), capsule.id);
+    assert_eq!(world.state(&capsule).await.observed, Observed::Paused);
+
+    // One that fails is not asked for for ever.
+    let mut pauses = world.agent.pauses();
+    pauses.mark_unchanged();
+    world.agent.fail_changes(Some(connectrpc::ErrorCode::Internal));
+    world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_RUNNING, 9);
+    world.round().await;
+    age(&world, &capsule, lifecycle::GRACE).await;
+    world.round().await;
+    world.ctx.tasks.close();
+    world.ctx.tasks.wait().await;
+    assert_eq!(*pauses.borrow_and_update(), 2);
+    assert_eq!(world.state(&capsule).await.desired, lifecycle::Desired::Running);
+}
+
+#[tokio::test]
+async fn a_fork_that_was_lost_is_given_up() {
+    let mut world = World::new().await;
+    let parent = world.row().await;
+    let fork = Capsule::new(world.team, parent.host, parent.spec.clone(), Some(parent.id));
+    db::capsule::insert(&world.ctx.db, std::slice::from_ref(&fork)).await.unwrap();
+    age(&world, &fork, lifecycle::GRACE).await;
+    world.round().await;
+    assert_eq!(world.state(&fork).await.observed, Observed::Unreported);
+    age(&world, &fork, lifecycle::FORK_GRACE).await;
+    world.round().await;
+    assert_eq!(world.state(&fork).await.observed, Observed::Failed);
+    assert_eq!(*world.agent.creates().borrow(), 0, "it is not made from its template");
+}
+
+#[tokio::test]
+async fn a_template_that_was_never_finished_is_garbage_in_due_time() {
+    let mut world = World::new().await;
+    for (name, due) in [("tpl-due", db::now()), ("tpl-making", db::now() + TimeDelta::hours(1))] {
+        let capsule = world.row().await;
+        world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_RUNNING, 2);
+        world.ctx.host.snapshot(capsule.id, name).await.unwrap();
+        db::garbage::insert(&world.ctx.db, capsule.id.0, db::host::CONFIGURED, name, due).await.unwrap();
+    }
+    world.round().await;
+    assert_eq!(world.agent.templates(), ["tpl-making"]);
+    assert!(db::garbage::due(&world.ctx.db, db::host::CONFIGURED).await.unwrap().is_empty());
+}
