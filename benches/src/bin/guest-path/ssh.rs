@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Data;
 
@@ -33,7 +33,7 @@ impl Ssh {
         std::fs::write(dir.join("sshd_config"), config)?;
         let client = format!(
             "Host bench\nHostName 127.0.0.1\nPort {PORT}\nUser root\nIdentityFile {}\nIdentitiesOnly yes\n\
-             StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nCompression no\n\
+             StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nCompression no\nConnectionAttempts 20\n\
              ControlPath {}\nControlPersist 600\n",
             path("user"),
             path("control")
@@ -49,13 +49,10 @@ impl Ssh {
             .spawn()
             .context("running /usr/sbin/sshd; Debian's openssh-server has it")?;
         let ssh = Ssh { server, dir: dir.to_owned() };
-        for _ in 0..100 {
-            if ssh.client("ssh", true).arg("true").stderr(Stdio::null()).status()?.success() {
-                return Ok(ssh);
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        bail!("sshd does not let us in: {}", std::fs::read_to_string(dir.join("log"))?)
+        // The client tries again, once a second, until the server listens.
+        let ready = ssh.client("ssh", true).arg("true").status()?;
+        ensure!(ready.success(), "sshd does not let us in: {}", std::fs::read_to_string(dir.join("log"))?);
+        Ok(ssh)
     }
 
     pub fn commands(&self, repeats: u32) -> Result<Vec<Duration>> {
