@@ -80,9 +80,15 @@ async fn sixty_four_streams_at_once() {
             assert!(code == 0 && out == expected.as_bytes(), "stream {number} differs");
         })
     };
-    all().await;
+    let rounds = |count| async move {
+        for _ in 0..count {
+            all().await;
+        }
+    };
+    // What so many at once hold at most differs from round to round, and the allocator keeps the most.
+    rounds(4).await;
     let memory = envd.memory();
-    all().await;
+    rounds(8).await;
     assert!(envd.memory() < memory + FLAT, "from {memory} to {} bytes", envd.memory());
     assert_eq!(envd.children(), 0);
 }
