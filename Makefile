@@ -56,6 +56,6 @@ dev: images
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 
-## One parser against ten minutes of made-up input: api, guest, pager or snapshot.
+## One parser against ten minutes of made-up input: api, files, guest, pager or snapshot.
 fuzz-%:
 	tools/fuzz.sh $*
