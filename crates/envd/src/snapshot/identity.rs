@@ -11,7 +11,9 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 const MACHINE_ID: &str = "/etc/machine-id";
 /// D-Bus has a copy where it is no link.
@@ -24,6 +26,10 @@ const PUBLIC_KEY: &str = "/etc/ssh/ssh_host_ed25519_key.pub";
 const MADE_KEY: &str = "/etc/ssh/envd_host_key";
 const MADE_PUBLIC_KEY: &str = "/etc/ssh/envd_host_key.pub";
 const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
+
+/// The ssh-keygen that makes the slow keys, and what follows it. In a fork of that time it goes on, as in its twins, and
+/// would make the same keys there.
+static OTHERS: Mutex<Option<(Pid, JoinHandle<()>)>> = Mutex::new(None);
 
 /// A fork's identity.
 pub(super) struct New {
@@ -90,6 +96,11 @@ fn replace(path: &str, content: &str, mode: u32) -> io::Result<()> {
 /// kind that takes no time; those of the other kinds take seconds and follow, so that until then nobody gets to see them. An
 /// sshd that runs takes up what there is. Blocks.
 pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
+    if let Some((process, ended)) = OTHERS.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        reaper.signal_group(process, Signal::KILL);
+        // Only then does it write no more.
+        let _ = Handle::current().block_on(ended);
+    }
     let mut old = Vec::new();
     let entries = match fs::read_dir(SSH) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -113,7 +124,7 @@ pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
                 _ => {}
             }
         }
-        let made = keygen(reaper, &[c"-q", c"-t", c"ed25519", c"-N", c"", c"-f", c"/etc/ssh/envd_host_key"])?;
+        let (_, made) = keygen(reaper, &[c"-q", c"-t", c"ed25519", c"-N", c"", c"-f", c"/etc/ssh/envd_host_key"])?;
         match made.blocking_recv() {
             Ok(status) if status.exit_status() == Some(0) => {}
             ended => return Err(io::Error::other(format!("ssh-keygen made no key: {ended:?}"))),
@@ -127,19 +138,20 @@ pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
     }
     if can_make {
         reload_sshd();
-        let others = keygen(reaper, &[c"-A"])?;
-        tokio::spawn(async {
-            match others.await {
+        let (process, ended) = keygen(reaper, &[c"-A"])?;
+        let ended = tokio::spawn(async {
+            match ended.await {
                 Ok(status) if status.exit_status() == Some(0) => reload_sshd(),
                 ended => tracing::warn!(?ended, "ssh-keygen made but one host key"),
             }
         });
+        *OTHERS.lock().unwrap_or_else(PoisonError::into_inner) = Some((process, ended));
     }
     Ok(true)
 }
 
 /// Starts ssh-keygen.
-fn keygen(reaper: &Reaper, arguments: &[&CStr]) -> io::Result<Exit> {
+fn keygen(reaper: &Reaper, arguments: &[&CStr]) -> io::Result<(Pid, Exit)> {
     let null = fs::File::options().read(true).write(true).open("/dev/null")?;
     let argv: Vec<_> = std::iter::once(&c"ssh-keygen").chain(arguments).map(|&argument| argument.to_owned()).collect();
     let spawned = reaper.spawn(&Spawn {
@@ -156,7 +168,7 @@ fn keygen(reaper: &Reaper, arguments: &[&CStr]) -> io::Result<Exit> {
         oom_score_adj: c"100",
         open_files: 1024,
     });
-    spawned.map(|(_, exit)| exit).map_err(io::Error::other)
+    spawned.map_err(io::Error::other)
 }
 
 /// Has sshd, if it runs, forget the keys it has read: it may keep them in memory.
