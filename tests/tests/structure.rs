@@ -23,7 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("snapshot", &[]),
     ("firecracker-qemu", &[]),
     ("envd", &["guest-api"]),
-    ("agent", &["agent-api", "api", "disk", "guest-api", "network", "proxy", "vmm"]),
+    ("agent", &["agent-api", "api", "disk", "guest-api", "network", "proxy", "snapshot", "vmm"]),
     ("control", &["agent-api", "api", "guest-api", "lifecycle"]),
     ("pager", &["snapshot"]),
     ("wrenn", &["agent", "agent-api", "api", "control", "pager", "vmm"]),
