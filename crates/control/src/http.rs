@@ -17,6 +17,7 @@ mod pty;
 mod session;
 mod socket;
 mod streams;
+mod tcp;
 mod templates;
 mod traffic;
 mod upload;
@@ -55,6 +56,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::resume))
         .routes(routes!(capsules::fork))
         .routes(routes!(traffic::restrict, traffic::open))
+        .routes(routes!(tcp::connect))
         .routes(routes!(metrics::read))
         .routes(routes!(exec::exec))
         .routes(routes!(streams::exec))
