@@ -37,6 +37,7 @@ demo: build
 
 ## Everything, against real parts. NAME=... runs the tests whose names contain it.
 test: images
+	tools/setup.sh chromium
 	cargo build --workspace --bins --lib
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)

@@ -36,16 +36,24 @@ run "$wrenn" capsule exec "$id" -- python3 -c 'import platform, math; print("Pyt
 echo "   The kernel it sees:  $("$wrenn" capsule exec "$id" -- uname -r)"
 echo "   The kernel out here: $(uname -r)"
 
-say "4. It may break everything: it is root there, and only there."
+say "4. A web page from inside, under a host name of its own."
+"$wrenn" capsule exec "$id" -- /bin/sh -c 'mkdir /srv/site; echo "<h1>Hello from $(uname -r)</h1>" >/srv/site/index.html'
+"$wrenn" capsule exec --background "$id" -- python3 -m http.server --directory /srv/site 8000 >"$dir/server"
+url=$("$wrenn" capsule url "$id" 8000)
+host=${url#http://}
+echo "   $url"
+run curl -sS --retry 20 --retry-all-errors --retry-delay 1 --resolve "$host:127.0.0.1" --fail "$url/"
+
+say "5. It may break everything: it is root there, and only there."
 run "$wrenn" capsule exec "$id" -- /bin/sh -c 'rm -rf /usr/share /etc/passwd; echo "removed half of the system as $(whoami 2>/dev/null || id -u)"'
 echo "   /etc/passwd out here still has $(wc -l </etc/passwd) lines."
 
-say "5. The next capsule knows nothing of it."
+say "6. The next capsule knows nothing of it."
 began=$(now)
 second=$("$wrenn" capsule create --json | jq -r .id)
 echo "   $second runs after $(since "$began"); its /etc/passwd has $("$wrenn" capsule exec "$second" -- wc -l /etc/passwd | cut -d' ' -f1) lines"
 
-say "6. Gone without a trace."
+say "7. Gone without a trace."
 run "$wrenn" capsule rm "$id" "$second"
 began=$(now)
 kill -INT "$up"; wait "$up"

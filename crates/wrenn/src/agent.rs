@@ -47,11 +47,10 @@ impl AgentCommand {
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
         let shutdown = CancellationToken::new();
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
-        let server = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        let server = tokio::spawn(server.into_future());
+        let server = tokio::spawn(proxy::serve(listener, agent.router(), shutdown.clone().cancelled_owned()));
         interrupted().await?;
         shutdown.cancel();
-        server.await?.context("the agent's listener")?;
+        server.await.context("the agent's listener")?;
         forget.await?;
         Ok(ExitCode::SUCCESS)
     }

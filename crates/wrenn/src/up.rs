@@ -89,11 +89,8 @@ impl Up {
         let api_key = api_key(&dir, &control).await?;
 
         let shutdown = CancellationToken::new();
-        let agent_server = tokio::spawn(
-            axum::serve(agent_listener, agent.router())
-                .with_graceful_shutdown(shutdown.clone().cancelled_owned())
-                .into_future(),
-        );
+        let agent_server =
+            tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
         let control_server = tokio::spawn(async move { control.run(listener, stop).await });
@@ -114,7 +111,7 @@ impl Up {
         };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;
-        agent_server.await?.context("the agent's listener")?;
+        agent_server.await.context("the agent's listener")?;
         forget.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
