@@ -41,7 +41,7 @@ impl AgentCommand {
         }
         let progress = Progress::new(false);
         let dir = up::prepare_dir(&self.dir)?;
-        let _lock = up::lock(&dir)?;
+        let _lock = up::lock(&dir).await?;
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
