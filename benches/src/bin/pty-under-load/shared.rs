@@ -7,6 +7,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -73,11 +74,11 @@ async fn far(trunk: TcpStream, agent: SocketAddr) {
             streams.remove(&stream);
             continue;
         }
-        if !streams.contains_key(&stream) {
+        if let Entry::Vacant(new) = streams.entry(stream) {
             let Ok(connection) = TcpStream::connect(agent).await else { return };
             let _ = connection.set_nodelay(true);
             let (from, to) = connection.into_split();
-            streams.insert(stream, to);
+            new.insert(to);
             tokio::spawn(carry(stream, from, to_near.clone()));
         }
         if let Some(to) = streams.get_mut(&stream)

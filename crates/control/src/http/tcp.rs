@@ -10,7 +10,7 @@ use hyper::upgrade::OnUpgrade;
 use proxy::{Answer, boxed};
 
 use super::App;
-use super::answers::{InCapsule, OfSocket};
+use super::answers::{InCapsule, OfGuest};
 use super::caller::{Guest, parameter};
 use super::error::Error;
 
@@ -21,7 +21,7 @@ use super::error::Error;
 #[utoipa::path(
     get, path = "/v1/capsules/{id}/ports/{port}/tcp", tag = "capsules", operation_id = "connectToPort",
     params(InCapsule, ("port" = u16, Path, description = "1 to 65535, but not envd's 49983")),
-    responses(OfSocket)
+    responses((status = 101, description = "From here on, bytes"), OfGuest)
 )]
 pub async fn connect(State(app): State<App>, request: Request) -> Result<Response, Error> {
     let (mut parts, _) = request.into_parts();
