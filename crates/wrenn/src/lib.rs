@@ -53,6 +53,7 @@ impl Wrenn {
             Command::Agent(command) => in_runtime(command.run()),
             Command::Control(command) => in_runtime(command.run()),
             Command::Capsule(command) => in_runtime(command.run()),
+            Command::Template(command) => in_runtime(command.run()),
             Command::Doctor(command) => in_runtime(command.run()),
             Command::Completions(command) => command.run(),
             // One runs beside every resumed capsule, with no more threads than it needs.

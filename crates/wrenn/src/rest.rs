@@ -146,7 +146,7 @@ impl Client {
     }
 
     pub async fn delete_template(&self, name: &str) -> Result<()> {
-        let path = format!("/v1/snapshots/{}", encoded(name));
+        let path = format!("/v1/snapshots/{}", escaped(name));
         self.send(self.request(Method::DELETE, &path).timeout(CALL_LIMIT)).await.map(drop)
     }
 
