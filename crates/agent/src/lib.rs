@@ -24,10 +24,11 @@ use axum::Router;
 use axum::routing::any;
 use futures::StreamExt;
 use futures::future::join_all;
+use tracing::warn;
 
 use boot::Boots;
 use capsule::recover::{self, recover};
-use capsule::{Handle, Spec, driver, record::Journal};
+use capsule::{Handle, Spec, driver, record::Journal, remote};
 use host::Host;
 pub use host::{Config, Sizes};
 use templates::Templates;
@@ -114,6 +115,42 @@ impl Agent {
         Ok(handle)
     }
 
+    /// Takes a capsule that is not here from the object store. It is paused then. The work goes on if the caller leaves.
+    pub(crate) async fn adopt(&self, id: CapsuleId, generation: u64) -> Result<Handle, remote::Error> {
+        // This host may remember one that ended here.
+        let generation = generation.max(self.capsule(id).map_or(0, |ended| ended.observed().generation));
+        let agent = self.clone();
+        let adopted = tokio::spawn(async move {
+            let journal = remote::adopt(&agent.host, id, generation).await?;
+            let handle = driver::spawn_paused(agent.host.clone(), journal);
+            agent.lock().insert(id, Entry { handle: handle.clone(), ended: None });
+            Ok(handle)
+        });
+        adopted.await.expect("the work does not panic, and nobody aborts it")
+    }
+
+    /// Has the object store forget a capsule; later if it is out of reach, which is written down.
+    pub(crate) async fn forget_upload(&self, id: CapsuleId) -> io::Result<()> {
+        if self.host.objects.is_some() {
+            std::fs::write(self.host.forgotten().join(id.to_string()), b"")?;
+            self.forget_uploads().await;
+        }
+        Ok(())
+    }
+
+    /// Has the object store forget what it still has to.
+    async fn forget_uploads(&self) {
+        let Some(objects) = &self.host.objects else { return };
+        for entry in std::fs::read_dir(self.host.forgotten()).into_iter().flatten().flatten() {
+            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let forgotten = objects.forget(&remote::name(id)).await;
+            match forgotten {
+                Ok(()) => drop(std::fs::remove_file(entry.path())),
+                Err(error) => warn!(capsule = %id, error = chain(&error), "the object store forgets it later"),
+            }
+        }
+    }
+
     fn has_image(&self, name: &str) -> bool {
         self.host.images.contains_key(name)
     }
@@ -138,7 +175,10 @@ impl Agent {
         loop {
             tokio::select! {
                 () = &mut shutdown => return,
-                _ = tick.tick() => self.forget(Instant::now()),
+                _ = tick.tick() => {
+                    self.forget(Instant::now());
+                    self.forget_uploads().await;
+                }
             }
         }
     }

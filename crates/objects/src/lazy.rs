@@ -4,12 +4,13 @@
 //! opened, what has data is compared with the chunk's name, so that whatever a crash left half-written is fetched again.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,10 @@ use crate::{CHUNK, Chunk, Entry, Error, Hash, Objects};
 
 /// How long after a failure the next try comes.
 const PAUSE: Duration = Duration::from_millis(250);
+/// The same where nobody waits.
+const LONG_PAUSE: Duration = Duration::from_secs(5);
+/// How many chunks are fetched at the same time where nobody waits.
+const FILLERS: usize = 3;
 
 /// Some files, filled by any number of threads. Its calls block, and must come from threads that are not the runtime's.
 pub struct Lazy {
@@ -64,16 +69,29 @@ impl Lazy {
         chunks(&bytes).try_for_each(|index| self.fetch_chunk(file, index, deadline))
     }
 
-    /// The next chunk that is not there, from the beginning, as a file and bytes of it.
-    pub fn absent(&self) -> Option<(usize, Range<u64>)> {
-        self.files.iter().enumerate().find_map(|(number, file)| {
-            let index = (0..file.present.len()).find(|index| !file.is_present(*index))?;
-            Some((number, file.entry.range(index)))
-        })
-    }
-
-    /// Makes what is there durable.
-    pub fn sync(&self) -> Result<(), Error> {
+    /// Fetches everything, beside whoever else fetches, and makes it durable. While the object store is out of reach it
+    /// tries again, for ever; what cannot be had is the error in the end, when all else is there.
+    pub fn fill(&self) -> Result<(), Error> {
+        let all = self.files.iter().enumerate();
+        let all: Vec<_> =
+            all.flat_map(|(number, file)| (0..file.present.len()).map(move |index| (number, index))).collect();
+        let (next, first_error) = (AtomicUsize::new(0), Mutex::new(None));
+        let work = || {
+            while let Some((number, index)) = all.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
+                loop {
+                    match self.fetch_chunk(number, index, Instant::now()) {
+                        Err(error) if error.is_passing() => self.runtime.block_on(tokio::time::sleep(LONG_PAUSE)),
+                        fetched => {
+                            let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+                            *first = first.take().or(fetched.err());
+                            break;
+                        }
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| (0..FILLERS).for_each(|_| drop(scope.spawn(work))));
+        first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)?;
         let sync = |file: &LazyFile| file.file.sync_all().map_err(Error::file("write", &file.entry.name));
         self.files.iter().try_for_each(sync)
     }
@@ -116,6 +134,12 @@ impl Lazy {
         file.file.write_all_at(&content, range.start).map_err(Error::file("write", &file.entry.name))?;
         file.present[index].store(true, Ordering::Release);
         Ok(())
+    }
+}
+
+impl fmt::Debug for Lazy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lazy").field("files", &self.files.len()).finish_non_exhaustive()
     }
 }
 

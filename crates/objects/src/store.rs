@@ -84,8 +84,8 @@ impl Objects {
         let failed = Error::file("write", &entry.name);
         file.set_len(entry.size).map_err(failed)?;
         let file = Arc::new(file);
-        let chunks = entry.chunks.iter().enumerate().map(|(index, chunk)| {
-            let (file, range, chunk) = (file.clone(), entry.range(index), *chunk);
+        let chunks = entry.chunks.iter().copied().enumerate().map(|(index, chunk)| {
+            let (file, range) = (file.clone(), entry.range(index));
             async move {
                 let failed = Error::file("write", &entry.name);
                 match chunk {

@@ -43,6 +43,8 @@ pub struct FakeAgent {
 pub(crate) struct Inner {
     capsules: Mutex<BTreeMap<String, Entry>>,
     templates: Mutex<BTreeMap<String, Template>>,
+    /// The object store: what hibernates.
+    stored: Mutex<BTreeMap<String, Entry>>,
     /// Whether what is under way may go on past STARTING, PAUSING and RESUMING.
     open: watch::Sender<bool>,
     /// What the next creates answer instead of working.
@@ -73,6 +75,7 @@ impl FakeAgent {
         let inner = Arc::new(Inner {
             capsules: Mutex::default(),
             templates: Mutex::default(),
+            stored: Mutex::default(),
             open: watch::Sender::new(true),
             failure: Mutex::default(),
             change_failure: Mutex::default(),
@@ -147,6 +150,11 @@ impl FakeAgent {
         self.inner.templates.lock().expect("no panics under this lock").keys().cloned().collect()
     }
 
+    /// The capsules that the object store has.
+    pub fn stored(&self) -> Vec<String> {
+        self.inner.stored.lock().expect("no panics under this lock").keys().cloned().collect()
+    }
+
     /// The capsule ends by itself.
     pub fn end(&self, id: CapsuleId, state: CapsuleState, reason: &str) {
         self.inner.change(&id.to_string(), state, reason);
@@ -166,7 +174,12 @@ impl FakeAgent {
     /// The ids of capsules that hold anything: every one that has not ended.
     pub fn alive(&self) -> Vec<String> {
         let alive = |state: &CapsuleState| {
-            !matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
+            !matches!(
+                state,
+                CapsuleState::CAPSULE_STATE_STOPPED
+                    | CapsuleState::CAPSULE_STATE_FAILED
+                    | CapsuleState::CAPSULE_STATE_HIBERNATED
+            )
         };
         let capsules = self.inner.capsules();
         capsules
@@ -253,7 +266,7 @@ impl Inner {
             entry.capsule.state = state.into();
             entry.capsule.generation += 1;
             entry.capsule.reason = reason.into();
-            if matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED) {
+            if life::ended(&entry.capsule) {
                 entry.guest = None;
             }
         }

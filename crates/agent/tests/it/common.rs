@@ -134,6 +134,7 @@ fn config(dir: &Path) -> Config {
         kernel: file(&manifest["kernel"]),
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"]))].into(),
         pager: (program("wrenn"), vec!["pager".into()]),
+        objects: None,
         boot_snapshots: None,
     }
 }

@@ -22,6 +22,11 @@ fn open(world: &World, manifest: &Manifest) -> Arc<Lazy> {
     Arc::new(Lazy::open(world.objects.clone(), Handle::current(), &dir, manifest.files.clone()).unwrap())
 }
 
+async fn fill(lazy: &Arc<Lazy>) -> Result<(), Error> {
+    let lazy = lazy.clone();
+    tokio::task::spawn_blocking(move || lazy.fill()).await.unwrap()
+}
+
 async fn fetch(lazy: &Arc<Lazy>, bytes: std::ops::Range<u64>, patience: Duration) -> Result<(), Error> {
     let lazy = lazy.clone();
     tokio::task::spawn_blocking(move || lazy.fetch(0, bytes, patience)).await.unwrap()
@@ -46,11 +51,7 @@ async fn what_is_touched_first_is_fetched_first() {
     local.read_exact_at(&mut read, touched.start).unwrap();
     assert_eq!(read, bytes[touched.start as usize..touched.end as usize]);
 
-    while let Some((file, range)) = lazy.absent() {
-        assert_eq!(file, 0);
-        fetch(&lazy, range, PATIENCE).await.unwrap();
-    }
-    lazy.sync().unwrap();
+    fill(&lazy).await.unwrap();
     assert_eq!(fs::read(world.dir.path().join("lazy/file")).unwrap(), bytes);
     assert_eq!(world.s3.as_ref().unwrap().counts().1, before + 5);
 }
@@ -80,8 +81,7 @@ async fn what_is_there_after_a_crash_is_checked_and_not_believed() {
     let lazy = open(&world, &manifest);
     let present: Vec<_> = (0..5).map(|index| lazy.is_present(0, index * CHUNK..index * CHUNK + 1)).collect();
     assert_eq!(present, [true, false, true, false, false]);
-    fetch(&lazy, 0..bytes.len() as u64, PATIENCE).await.unwrap();
-    assert!(lazy.absent().is_none());
+    fill(&lazy).await.unwrap();
     assert_eq!(fs::read(world.dir.path().join("lazy/file")).unwrap(), bytes);
 }
 
@@ -105,4 +105,6 @@ async fn who_waits_for_a_store_that_is_gone_is_told() {
     // Waiting does not bring it back.
     let error = fetch(&lazy, CHUNK..CHUNK + 1, PATIENCE).await.unwrap_err();
     assert!(matches!(error, Error::Missing(_)), "{error:?}");
+    assert!(matches!(fill(&lazy).await.unwrap_err(), Error::Missing(_)));
+    assert!(lazy.is_present(0, 0..1));
 }
