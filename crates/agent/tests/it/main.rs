@@ -1,6 +1,7 @@
 //! Real capsules by a real agent.
 
 mod common;
+mod endurance;
 mod killed;
 mod pause;
 mod points;
