@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use axum::http::Method;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -36,6 +37,8 @@ struct State {
     /// Writes past that many wait; reads past that many.
     writes: watch::Sender<Option<u64>>,
     reads: watch::Sender<Option<u64>>,
+    /// Milliseconds that each read takes at least.
+    delay: AtomicU64,
 }
 
 impl S3 {
@@ -89,10 +92,15 @@ impl S3 {
         self.state.reads.send_replace(more.map(|more| read + more));
     }
 
+    /// Makes every read from now on take that long, as far away stores do.
+    pub fn delay_reads(&self, delay: Duration) {
+        self.state.delay.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
     /// Waits until so many objects were written, or are waiting to be.
     pub async fn until_written(&self, count: u64) {
         while self.state.written.load(Ordering::SeqCst) < count {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
@@ -134,6 +142,9 @@ async fn serve(listener: TcpListener, service: S3Service, state: Arc<State>) {
                     Method::GET => (&state.read, &state.reads),
                     _ => return Ok::<_, Infallible>(answer(&service, request).await),
                 };
+                if *request.method() == Method::GET {
+                    tokio::time::sleep(Duration::from_millis(state.delay.load(Ordering::SeqCst))).await;
+                }
                 let number = count.fetch_add(1, Ordering::SeqCst);
                 let mut limit = limit.subscribe();
                 let may = limit.wait_for(|limit| limit.is_none_or(|limit| number < limit)).await;
