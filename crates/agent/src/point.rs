@@ -109,6 +109,13 @@ impl Point {
     }
 }
 
+impl Point {
+    /// Whether it goes when nobody holds it.
+    pub fn is_doomed(&self) -> bool {
+        self.is_doomed.load(Ordering::Acquire)
+    }
+}
+
 impl Drop for Point {
     fn drop(&mut self) {
         if !*self.is_doomed.get_mut() {

@@ -30,7 +30,7 @@ impl HostAgent for Agent {
     ) -> ServiceResult<CreateCapsuleResponse> {
         let request = request.to_owned_message();
         let spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
-        let template = self.template(&spec.image);
+        let template = self.find_template(&spec.image).await.map_err(remote_refused)?;
         if template.is_none() && !self.has_image(&spec.image) {
             return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
         }
@@ -55,7 +55,9 @@ impl HostAgent for Agent {
             handle.destroy().await;
         }
         if request.forget {
-            self.forget_upload(id).await.map_err(|error| ConnectError::internal(crate::chain(&error)))?;
+            self.forget_upload(&remote::name(id))
+                .await
+                .map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         }
         Response::ok(DestroyCapsuleResponse::default())
     }
@@ -154,7 +156,10 @@ impl HostAgent for Agent {
         _: RequestContext,
         request: ServiceRequest<'_, DeleteTemplateRequest>,
     ) -> ServiceResult<DeleteTemplateResponse> {
-        self.forget_template(request.name);
+        let request = request.to_owned_message();
+        self.forget_template(&request.name);
+        let forgotten = self.forget_upload(&templates::remote::name(&request.name)).await;
+        forgotten.map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         Response::ok(DeleteTemplateResponse::default())
     }
 

@@ -150,6 +150,11 @@ impl FakeAgent {
         self.inner.templates.lock().expect("no panics under this lock").keys().cloned().collect()
     }
 
+    /// The host has put what is paused into the object store too.
+    pub fn upload(&self, id: CapsuleId) {
+        life::upload(&self.inner, &id.to_string());
+    }
+
     /// The capsules that the object store has.
     pub fn stored(&self) -> Vec<String> {
         self.inner.stored.lock().expect("no panics under this lock").keys().cloned().collect()
@@ -266,6 +271,7 @@ impl Inner {
             entry.capsule.state = state.into();
             entry.capsule.generation += 1;
             entry.capsule.reason = reason.into();
+            entry.capsule.uploaded = false;
             if life::ended(&entry.capsule) {
                 entry.guest = None;
             }

@@ -22,7 +22,7 @@ use snapshot::{Header, Snapshot, Store};
 use tracing::{debug, info};
 
 use super::files;
-use super::record::{Base, Journal, Phase, Record, Saved};
+use super::record::{Base, Journal, Phase, Record};
 use super::start;
 use crate::host::{Host, blocking};
 
@@ -114,13 +114,7 @@ pub async fn upload(host: &Host, objects: &Objects, dir: &Path, record: Record) 
     let header = dir.join(files::memory(saved.number));
     // A merge may replace the header and have its generations collected meanwhile.
     let held = host.memory.hold(&header).map_err(Error::Store)?;
-    let image = record.image.as_ref().map(|name| host.image_file(name));
-    let (generations, dir, state) = (host.memory.generations().to_owned(), dir.to_owned(), files::state(saved.number));
-    let open = move || {
-        let snapshot = Snapshot::open(&generations, &header).map_err(Error::Memory)?;
-        sources(&dir, &state, image.as_deref(), &snapshot).map_err(Error::Read)
-    };
-    let sources = blocking(open).await?;
+    let sources = sources(host, dir, header, &files::state(saved.number), record.image.as_deref()).await?;
     let id = record.spec.id;
     let description = Description { capsule: record };
     let description = serde_json::to_vec(&description).expect("a record has only JSON types");
@@ -129,7 +123,24 @@ pub async fn upload(host: &Host, objects: &Objects, dir: &Path, record: Record) 
     Ok(sent)
 }
 
-fn sources(dir: &Path, state: &str, image: Option<&Path>, snapshot: &Snapshot) -> io::Result<Vec<Source>> {
+/// The files of what was saved in `dir`, whose header has to be held.
+pub async fn sources(
+    host: &Host,
+    dir: &Path,
+    header: PathBuf,
+    state: &str,
+    image: Option<&str>,
+) -> Result<Vec<Source>, Error> {
+    let image = image.map(|name| host.image_file(name));
+    let (generations, dir, state) = (host.memory.generations().to_owned(), dir.to_owned(), state.to_owned());
+    let open = move || {
+        let snapshot = Snapshot::open(&generations, &header).map_err(Error::Memory)?;
+        open_sources(&dir, &state, image.as_deref(), &snapshot).map_err(Error::Read)
+    };
+    blocking(open).await
+}
+
+fn open_sources(dir: &Path, state: &str, image: Option<&Path>, snapshot: &Snapshot) -> io::Result<Vec<Source>> {
     let plain = |name: &str, file| Source { name: name.into(), file, base: None, is_named_by_content: false };
     let mut header = File::from(rustix::fs::memfd_create("header", rustix::fs::MemfdFlags::CLOEXEC)?);
     header.write_all(&snapshot.header().encode())?;
@@ -172,14 +183,19 @@ pub async fn adopt(host: &Arc<Host>, id: CapsuleId, generation: u64) -> Result<J
         _ => Error::Keep(error),
     })?;
     let adopted = async {
-        place(host, &objects, &journal, &saved, &manifest).await?;
+        let image = journal.record().image.clone();
+        let state = files::state(saved.number);
+        let missing = place(host, &objects, &dir, &state, &saved.state, image.as_deref(), &manifest).await?;
+        let is_whole = missing.is_empty();
+        let missing = Manifest { description: Vec::new(), files: missing }.encode();
+        let missing = missing.map_err(|_| Error::Damaged("its memory has files that are not acceptable"))?;
+        fs::write(dir.join(files::REMOTE).join(files::REMOTE_FILES), missing).map_err(Error::Keep)?;
+        let durable = dir.clone();
+        let keep = move || files::sync_all_in(&durable.join(files::REMOTE)).and_then(|()| files::sync_all_in(&durable));
+        blocking(keep).await.map_err(Error::Keep)?;
         journal.commit(|record| record.phase = Phase::Paused).map_err(Error::Keep)?;
         // It may be that every generation is here, as where it was uploaded.
-        if files_to_come(&dir).map_err(Error::Keep)?.is_empty() {
-            complete(&host.memory, &mut journal).await
-        } else {
-            Ok(())
-        }
+        if is_whole { complete(&host.memory, &mut journal).await } else { Ok(()) }
     };
     let adopted = adopted.await;
     match adopted {
@@ -196,35 +212,35 @@ pub async fn adopt(host: &Arc<Host>, id: CapsuleId, generation: u64) -> Result<J
     }
 }
 
-/// Puts what came in its place, durably.
-async fn place(
-    host: &Arc<Host>,
+/// Puts what the upload has in `dir`: state and disk whole, the header in [`files::REMOTE`] with those generations that are
+/// here. Says which are not.
+pub async fn place(
+    host: &Host,
     objects: &Objects,
-    journal: &Journal,
-    saved: &Saved,
+    dir: &Path,
+    state: &str,
+    digest: &str,
+    image: Option<&str>,
     manifest: &Manifest,
-) -> Result<(), Error> {
-    let (dir, record) = (journal.dir(), journal.record());
-    let remote = dir.join(files::REMOTE);
+) -> Result<Vec<Entry>, Error> {
+    let (remote, state, rootfs) = (dir.join(files::REMOTE), dir.join(state), dir.join(files::DISK));
     fs::create_dir(&remote).map_err(Error::Keep)?;
-    let state = dir.join(files::state(saved.number));
     fetch(objects, manifest, files::STATE, state.clone()).await?;
     fetch(objects, manifest, files::MEMORY, remote.join(files::MEMORY)).await?;
-    if blocking(move || files::digest(&state)).await.map_err(Error::Keep)? != saved.state {
+    if blocking(move || files::digest(&state)).await.map_err(Error::Keep)? != digest {
         return Err(Error::Damaged("the VMM's state is another"));
     }
 
     let disk = entry(manifest, files::DISK)?;
-    let rootfs = dir.join(files::DISK);
     if disk.chunks.contains(&Chunk::Base) {
-        let image = record.image.clone().ok_or(Error::Damaged("it has a disk over an image that it does not name"))?;
+        let image = image.ok_or(Error::Damaged("it has a disk over an image that it does not name"))?;
         // It comes from elsewhere, and becomes a path.
-        if Path::new(&image).file_name().is_none_or(|name| name != image.as_str()) {
+        if Path::new(image).file_name().is_none_or(|name| name != image) {
             return Err(Error::Damaged("its image has a name that is not acceptable"));
         }
-        let path = host.image_file(&image);
+        let path = host.image_file(image);
         if !path.exists() {
-            return Err(Error::NoImage(image));
+            return Err(Error::NoImage(image.to_owned()));
         }
         host.clone_disk(&path, &rootfs).await.map_err(Error::Disk)?;
         let file = File::options().read(true).write(true).open(&rootfs).map_err(Error::Keep)?;
@@ -243,16 +259,8 @@ async fn place(
             linked => linked.map_err(Error::Keep)?,
         }
     }
-    debug!(capsule = %record.spec.id, missing = missing.len(), "adopted all but the memory");
-    let missing = Manifest { description: Vec::new(), files: missing }.encode();
-    let missing = missing.map_err(|_| Error::Damaged("its memory has files that are not acceptable"))?;
-    let dir = dir.to_owned();
-    let keep = move || {
-        fs::write(remote.join(files::REMOTE_FILES), missing)?;
-        files::sync_all_in(&remote)?;
-        files::sync_all_in(&dir)
-    };
-    blocking(keep).await.map_err(Error::Keep)
+    debug!(dir = %dir.display(), missing = missing.len(), "adopted all but the memory");
+    Ok(missing)
 }
 
 fn entry<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Entry, Error> {
@@ -263,12 +271,6 @@ fn entry<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Entry, Error> {
 async fn fetch(objects: &Objects, manifest: &Manifest, name: &'static str, path: PathBuf) -> Result<(), Error> {
     let file = File::options().read(true).write(true).create_new(true).open(path).map_err(Error::Keep)?;
     objects.download(entry(manifest, name)?, file).await.map_err(Error::Objects)
-}
-
-/// The generations of the capsule in `dir` that have not all come.
-fn files_to_come(dir: &Path) -> io::Result<Vec<Entry>> {
-    let manifest = fs::read(dir.join(files::REMOTE).join(files::REMOTE_FILES))?;
-    Manifest::decode(&manifest).map(|manifest| manifest.files).map_err(io::Error::other)
 }
 
 /// Makes a memory that has all come this host's own.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use agent_api::{Capsule, CapsuleState};
+use agent_api::{Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, SnapshotCapsuleRequest};
 use api::CapsuleId;
 use connectrpc::ErrorCode;
 use objects::Objects;
@@ -157,6 +157,42 @@ async fn what_hibernates_takes_nothing_here_and_comes_back() {
     host.forget(CapsuleId::random()).await;
     nothing_is_left(&s3).await;
     host.close().await;
+}
+
+#[tokio::test]
+async fn a_template_that_was_made_here_is_begun_from_elsewhere() {
+    let s3 = S3::start().await;
+    let (one, two) = (host(&s3).await, host(&s3).await);
+    let id = CapsuleId::random();
+    one.create(spec(id)).await.unwrap();
+    one.sh(id, KEEPER).await;
+    let secret = one.sh(id, ASK).await;
+    let request = SnapshotCapsuleRequest { id: id.to_string(), name: "ready".into(), ..Default::default() };
+    one.lifecycle().snapshot_capsule(request).await.unwrap();
+    one.destroy(id).await;
+    let objects = Objects::open(&config(&s3)).unwrap();
+    while objects.manifest("templates/ready").await.unwrap().is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let child = CapsuleSpec { image: "ready".into(), ..spec(CapsuleId::random()) };
+    let id = child.id.parse().unwrap();
+    assert_eq!(
+        two.create(CapsuleSpec { image: "unheard-of".into(), ..child.clone() }).await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
+    two.create(child).await.unwrap();
+    assert_eq!(two.sh(id, ASK).await, secret);
+    two.destroy(id).await;
+    for host in [&one, &two] {
+        let request = DeleteTemplateRequest { name: "ready".into(), ..Default::default() };
+        host.lifecycle().delete_template(request).await.unwrap();
+        host.until_generations(0).await;
+    }
+    nothing_is_left(&s3).await;
+    for host in [one, two] {
+        assert_eq!((host.holds(), host.processes()), (0, 0));
+        host.close().await;
+    }
 }
 
 #[tokio::test]

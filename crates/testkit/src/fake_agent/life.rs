@@ -101,10 +101,19 @@ pub async fn hibernate(inner: &Arc<Inner>, id: &str) -> Result<Capsule, ConnectE
         }
         _ => return Err(absent(id)),
     }
-    let stored = Entry { guest: Some(inner.guest(id)?), ..Entry::new(inner.get(id)?) };
-    inner.stored.lock().expect("no panics under this lock").insert(id.to_owned(), stored);
+    upload(inner, id);
     inner.change(id, CapsuleState::CAPSULE_STATE_HIBERNATED, "");
     inner.get(id)
+}
+
+/// Puts what is paused into the object store.
+pub fn upload(inner: &Inner, id: &str) {
+    let mut capsules = inner.capsules();
+    let Some(Entry { capsule, guest, .. }) = capsules.get_mut(id) else { return };
+    let stored = Entry { guest: guest.clone(), ..Entry::new(capsule.clone()) };
+    inner.stored.lock().expect("no panics under this lock").insert(id.to_owned(), stored);
+    capsule.uploaded = true;
+    capsule.generation += 1;
 }
 
 /// Makes a capsule that is not here one that is paused here, if the object store has it. Who has resumed it elsewhere has
