@@ -53,12 +53,14 @@ impl Work {
     }
 }
 
-/// While it is held and renewed, nobody does the other work.
+/// While it is held and renewed, nobody does the other work. Dropped, it is given back in the background.
 #[derive(Debug)]
 pub(crate) struct Lease {
     objects: Objects,
     path: Path,
     renewed: Instant,
+    /// It has to last until it is too old if nobody gives it back.
+    is_left: bool,
 }
 
 impl Lease {
@@ -69,18 +71,18 @@ impl Lease {
         getrandom::fill(&mut name).map_err(Error::Random)?;
         let path = objects.directory(work.directory()).join(hex::encode(name));
         let deadline = Instant::now() + patience;
+        let mut lease = Self { objects: objects.clone(), path, renewed: Instant::now(), is_left: false };
         loop {
-            let mut lease = Self { objects: objects.clone(), path: path.clone(), renewed: Instant::now() };
             lease.renew().await?;
             if !lease.is_in_the_way(work.other()).await? {
                 return Ok(lease);
             }
-            let is_over = Instant::now() >= deadline;
-            if work == Work::Upload || is_over {
+            if Instant::now() >= deadline {
                 lease.give_back().await;
-            }
-            if is_over {
                 return Err(work.other().in_the_way());
+            }
+            if work == Work::Upload {
+                objects.delete(&lease.path).await?;
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -149,10 +151,34 @@ impl Lease {
         if self.renewed.elapsed() < LAPSE { Ok(()) } else { Err(Error::Lapsed) }
     }
 
+    /// From now on something is asked of the store that may come about although nobody waits for it any more: dropped,
+    /// the lease stays until it is too old.
+    pub(crate) fn leave_if_dropped(&mut self) {
+        self.is_left = true;
+    }
+
     /// Ends it. What cannot be removed does not count for long.
-    pub(crate) async fn give_back(self) {
+    pub(crate) async fn give_back(mut self) {
+        self.is_left = true;
         if let Err(error) = self.objects.delete(&self.path).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "a lease stays until it is too old");
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.is_left {
+            return;
+        }
+        // Without a runtime it stays until it is too old.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (objects, path) = (self.objects.clone(), self.path.clone());
+            runtime.spawn(async move {
+                if let Err(error) = objects.delete(&path).await {
+                    tracing::debug!(error = &error as &dyn std::error::Error, "a lease stays until it is too old");
+                }
+            });
         }
     }
 }

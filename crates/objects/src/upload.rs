@@ -65,7 +65,10 @@ impl Objects {
             Manifest { description, files: entries }.encode().map_err(Error::Encode)
         };
         let done = match lease.during(made).await {
-            Ok(manifest) => self.put(&manifest_path, manifest).await,
+            Ok(manifest) => {
+                lease.leave_if_dropped();
+                self.put(&manifest_path, manifest).await
+            }
             Err(error) => Err(error),
         };
         lease.give_back().await;

@@ -27,6 +27,9 @@ const FETCHERS: usize = 4;
 /// The threads call nothing deep; what is touched of a stack stays with the process.
 const STACK: usize = 128 << 10;
 
+/// Fetching calls whatever it takes to reach an object store.
+const FETCH_STACK: usize = 2 << 20;
+
 /// A helper without work for so long gives its memory back.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -98,9 +101,9 @@ impl Crew {
             ended,
         });
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let spawn = |name: &str, run: fn(&Self) -> Result<(), Error>| {
+        let spawn = |name: &str, stack, run: fn(&Self) -> Result<(), Error>| {
             let crew = Arc::clone(&crew);
-            let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+            let thread = thread::Builder::new().name(name.to_owned()).stack_size(stack);
             thread.spawn(move || {
                 // Faults that nobody serves any more would be waited for for ever.
                 let outcome = catch_unwind(AssertUnwindSafe(|| run(&crew)));
@@ -109,11 +112,12 @@ impl Crew {
                 }
             })
         };
-        let spawned = spawn("reader", Self::read);
-        let spawned =
-            spawned.and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop)));
+        let spawned = spawn("reader", STACK, Self::read);
+        let spawned = spawned
+            .and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", STACK, Self::help).map(drop)));
         let fetchers = if crew.guest.is_lazy() { FETCHERS } else { 0 };
-        let spawned = spawned.and_then(|()| (0..fetchers).try_for_each(|_| spawn("fetcher", Self::fetch).map(drop)));
+        let spawned =
+            spawned.and_then(|()| (0..fetchers).try_for_each(|_| spawn("fetcher", FETCH_STACK, Self::fetch).map(drop)));
         if let Err(error) = spawned {
             crew.end(Ok(Ended::Stopped));
             return Err(Error::SetUp(error));

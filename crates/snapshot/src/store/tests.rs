@@ -507,7 +507,9 @@ fn a_memory_from_elsewhere_becomes_one_of_ours() {
     let came = here.dir.path().join("came");
     fs::create_dir(&came).unwrap();
     let names: Vec<_> = fs::read_dir(there.store.generations()).unwrap().map(|entry| entry.unwrap().path()).collect();
-    names.iter().for_each(|path| drop(fs::copy(path, came.join(path.file_name().unwrap())).unwrap()));
+    for path in &names {
+        fs::copy(path, came.join(path.file_name().unwrap())).unwrap();
+    }
 
     let header = here.dir.path().join("header");
     // Not while a page is damaged, and nothing of it stays.
@@ -517,7 +519,7 @@ fn a_memory_from_elsewhere_becomes_one_of_ours() {
     bad[PAGE + 7] ^= 1;
     fs::write(&damaged, bad).unwrap();
     let error = here.store.adopt(&guest.header, &came, &header).unwrap_err();
-    assert!(matches!(error, Error::Generation(data::Error::Page { .. })), "{error:?}");
+    assert!(matches!(error, Error::Generation(crate::DataError::Page { .. })), "{error:?}");
     assert!(!header.exists());
     fs::write(&damaged, good).unwrap();
 
