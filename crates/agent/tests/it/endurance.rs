@@ -87,7 +87,9 @@ async fn fifty_pauses_and_twenty_forks_lose_and_share_nothing() {
     let host = Host::open(|_| {}).await;
     let parent = CapsuleId::random();
     host.create(CapsuleSpec { memory_mib: 512, ..spec(parent) }).await.unwrap();
-    let run = format!("cat > /root/program.py <<'X'\n{PROGRAM}\nX\nsetsid python3 /root/program.py > /root/out 2>&1 < /dev/null &");
+    let run = format!(
+        "cat > /root/program.py <<'X'\n{PROGRAM}\nX\nsetsid python3 /root/program.py > /root/out 2>&1 < /dev/null &"
+    );
     host.sh(parent, &run).await;
     let mut steps = ask(&host, parent).await.0;
     for round in 0..ROUNDS {
