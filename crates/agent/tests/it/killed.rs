@@ -134,7 +134,7 @@ impl World {
             match verb {
                 Verb::Pause => drop(caller.pause(id).await),
                 Verb::Resume => drop(caller.resume(id).await),
-                Verb::Fork => drop(caller.fork(id, &[CapsuleId::random(), CapsuleId::random()]).await),
+                Verb::Fork => drop(caller.fork(id, &[CapsuleId::random()]).await),
                 Verb::Merge => {}
             }
         })
@@ -199,6 +199,7 @@ impl World {
             }
         };
         *self.outcomes.entry(outcome.to_owned()).or_default() += 1;
+        self.agent.storage_is_clean().await;
     }
 
     /// Reads back what the capsule was told last; `None` when it has failed, with a reason.
@@ -257,6 +258,7 @@ impl World {
         };
         let waited = tokio::time::timeout(LIMIT, nothing_is_left).await;
         assert!(waited.is_ok(), "it still holds {:?}", self.agent.holds());
+        self.agent.storage_is_clean().await;
         assert_eq!(self.agent.usage(), self.usage);
         assert!(self.agent.end());
     }
@@ -272,8 +274,12 @@ async fn survives_random_kills(victim: Victim) {
             world.is_whole(victim).await;
             is_killed
         };
+        let begun = Instant::now();
         match tokio::time::timeout(LIMIT, attempt).await {
-            Ok(is_killed) => kills -= usize::from(is_killed),
+            Ok(is_killed) => {
+                kills -= usize::from(is_killed);
+                eprintln!("whole after {:?}", begun.elapsed());
+            }
             Err(_) => panic!("it hangs after a kill during {verb:?}: {:?}", world.agent.capsules().await),
         }
     }

@@ -78,8 +78,8 @@ impl Killable {
     }
 
     pub fn kill(&mut self) {
-        self.process.kill().unwrap();
-        // Whoever traced it has waited for it already.
+        // Who traced it has killed it, or waited for it, already.
+        let _ = self.process.kill();
         let _ = self.process.wait();
     }
 
@@ -143,6 +143,12 @@ impl Killable {
         let generations = fs::read_dir(self.root().join("generations")).unwrap().count();
         let instance = self.instance();
         (common::holds(&self.root(), &instance), common::processes(&instance).len(), generations)
+    }
+
+    /// Looks at the whole data directory: all of it is used, or will be removed.
+    pub async fn storage_is_clean(&self) {
+        let audit = agent::audit::audit(self.dir.path(), &["agent.sock"]).await.unwrap();
+        assert!(audit.is_clean(), "{:#?}", audit.wrong().collect::<Vec<_>>());
     }
 
     /// Bytes that files take on the disk. What files share counts for each.
