@@ -121,15 +121,16 @@ impl Disks {
         image::import(src, name, &self.images(), self.backend)
     }
 
-    /// Makes what is in `dir` visible as it is: where it has a volume that is not mounted, that is mounted to be read only,
-    /// until the view is closed. Nothing is made.
+    /// Makes what is in `dir` visible as it is: a volume that is not mounted is, until the view is closed. Nothing is made.
     pub fn view(dir: &Path) -> Result<View, Error> {
         let dir = fs::canonicalize(dir).map_err(Error::directory(dir))?;
         if !Volume::exists(&dir) {
             return Ok(View { root: dir, mounted: None });
         }
-        let (volume, is_new) = Volume::mount_read_only(&dir)?;
-        Ok(View { root: volume.mount_point().to_owned(), mounted: is_new.then_some(volume) })
+        let was_mounted = Volume::is_mounted(&dir)?;
+        // As ever, not to be read only: should this process be killed, the next to come uses what is mounted.
+        let volume = Volume::mount(&dir)?;
+        Ok(View { root: volume.mount_point().to_owned(), mounted: (!was_mounted).then_some(volume) })
     }
 
     /// Unmounts the volume, which also frees its loop device. [`Error::Busy`] when something still uses it.

@@ -45,26 +45,21 @@ impl Volume {
 
     /// Mounts the volume in `dir`, unless it is mounted already.
     pub(crate) fn mount(dir: &Path) -> Result<Self, Error> {
-        Self::mount_with(dir, MountFlags::empty()).map(|(volume, _)| volume)
-    }
-
-    /// Mounts it to be read only, unless it is mounted already. Whether it was mounted here.
-    pub(crate) fn mount_read_only(dir: &Path) -> Result<(Self, bool), Error> {
-        Self::mount_with(dir, MountFlags::RDONLY)
-    }
-
-    fn mount_with(dir: &Path, flags: MountFlags) -> Result<(Self, bool), Error> {
         let mount_point = dir.join("volume");
         fs::create_dir_all(&mount_point).map_err(Error::directory(&mount_point))?;
-        let is_new = !is_mount_point(&mount_point)?;
-        if is_new {
+        if !is_mount_point(&mount_point)? {
             let file = file(dir);
             let device = LoopDevice::attach(&file, SECTOR).map_err(|source| Error::Loop { path: file, source })?;
-            let flags = flags | MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME;
+            let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME;
             rustix::mount::mount(device.path(), &mount_point, "xfs", flags, None)
                 .map_err(|source| Error::Mount { path: mount_point.clone(), source: source.into() })?;
         }
-        Ok((Self { mount_point }, is_new))
+        Ok(Self { mount_point })
+    }
+
+    /// Whether the volume in `dir` is mounted.
+    pub(crate) fn is_mounted(dir: &Path) -> Result<bool, Error> {
+        is_mount_point(&dir.join("volume"))
     }
 
     pub(crate) fn mount_point(&self) -> &Path {

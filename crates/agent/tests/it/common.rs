@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use agent::audit::{Finding, Kind, Verdict};
 use agent::{Agent, Config};
 use agent_api::*;
 use api::CapsuleId;
@@ -227,6 +228,19 @@ impl Host {
         while self.generations() != count {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Waits until the audit finds no garbage among the generations.
+    pub async fn until_generations_are_settled(&self) {
+        let is_generation = |finding: &Finding| finding.kind == Kind::Generation && finding.verdict == Verdict::Garbage;
+        while agent::audit::audit(self.dir(), &["agent.sock"]).await.unwrap().findings.iter().any(is_generation) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The data directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Stops the agent after its capsules were paused; nothing is left but the directory.
