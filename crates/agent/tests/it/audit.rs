@@ -103,6 +103,7 @@ async fn everything_in_a_data_directory_is_accounted_for() {
     }
     let old = fs::File::options().write(true).open(at.join(format!("images/minimal-{digest}.img"))).unwrap();
     old.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    drop(old);
     for made in ["passing/some", "boots/some"] {
         fs::create_dir(at.join(made)).unwrap();
     }
