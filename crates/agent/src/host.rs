@@ -12,19 +12,20 @@ use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
 use tokio::sync::Semaphore;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 use vmm::cgroup::Cgroup;
 
+use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
 
-const CAPSULES: &str = "capsules";
-const TEMPLATES: &str = "templates";
+pub(crate) const CAPSULES: &str = "capsules";
+pub(crate) const TEMPLATES: &str = "templates";
 /// Points of forks, and guests that only exist to be boot snapshots.
-const PASSING: &str = "passing";
-const BOOTS: &str = "boots";
+pub(crate) const PASSING: &str = "passing";
+pub(crate) const BOOTS: &str = "boots";
 /// Has a file for each capsule that the object store is still to forget.
-const FORGOTTEN: &str = "forgotten";
+pub(crate) const FORGOTTEN: &str = "forgotten";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
 
@@ -148,6 +149,7 @@ impl Host {
             let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
+        collect_images(&disks.images(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
         for dir in DIRS {
             let dir = disks.root().join(dir);
             std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
@@ -155,7 +157,8 @@ impl Host {
         let forgotten = disks.root().join(FORGOTTEN);
         std::fs::create_dir_all(&forgotten).map_err(|source| Error::Dir(forgotten, source))?;
         let (memory, broken) = Store::open(disks.root(), headers(disks.root())).map_err(Error::Memory)?;
-        for header in broken {
+        // What is named only by what an unfinished write left was never there.
+        for header in broken.into_iter().filter(|header| header.path.exists()) {
             warn!(header = %header.path.display(), error = crate::chain(&header.error), "a snapshot of an earlier run is damaged");
         }
         let boots = Boots::open(&config, &images, disks.root(), &memory)
@@ -286,6 +289,19 @@ pub fn collect(memory: &Store) {
         Ok(runtime) => drop(runtime.spawn_blocking(collect)),
         Err(_) => collect(),
     }
+}
+
+/// Removes the images of earlier runs that no template names any more. Disks that came of them do not need them.
+fn collect_images(dir: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let is_image = path.file_name().and_then(|name| name.to_str()).and_then(audit::image_name).is_some();
+        if is_image && !named.values().any(|image| *image == path) {
+            std::fs::remove_file(&path)?;
+            info!(image = %path.display(), "removed an image that no template names");
+        }
+    }
+    Ok(())
 }
 
 /// Every header below `root`.

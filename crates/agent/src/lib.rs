@@ -3,6 +3,7 @@
 //! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
 //! same listener ([`guest`] for envd, [`ports`] for what users run); behind both, one driver task owns each capsule ([`capsule`]).
 
+pub mod audit;
 mod boot;
 pub mod capsule;
 mod fork;

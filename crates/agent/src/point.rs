@@ -22,7 +22,8 @@ use crate::capsule::files;
 use crate::capsule::record::Record;
 use crate::host::{self, blocking};
 
-const META: &str = "point.json";
+/// What says that a point is whole.
+pub(crate) const META: &str = "point.json";
 
 /// What is known of a point.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,6 +48,11 @@ pub struct Meta {
 }
 
 impl Meta {
+    /// That of the point in `dir`, if it can be read.
+    pub(crate) fn read(dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.join(META)).ok()?).ok()
+    }
+
     /// That of a point that was captured from the capsule of `record`, whose state file has the digest `state`.
     pub fn of(record: &Record, state: String) -> Self {
         let Spec { vcpus, memory_mib, disk_mib, .. } = record.spec;
@@ -69,7 +75,7 @@ pub struct Point {
 impl Point {
     /// The point in `dir`, or `None` when that is not whole.
     pub fn open(memory: &Store, dir: PathBuf) -> Option<Arc<Self>> {
-        let meta = serde_json::from_slice(&fs::read(dir.join(META)).ok()?).ok()?;
+        let meta = Meta::read(&dir)?;
         Some(Arc::new(Self { dir, meta, memory: memory.clone(), is_doomed: AtomicBool::new(false) }))
     }
 

@@ -40,6 +40,33 @@ pub struct Disks {
     volume: Option<Volume>,
 }
 
+/// A data directory that is only looked at, see [`Disks::view`].
+#[derive(Debug)]
+pub struct View {
+    root: PathBuf,
+    /// The volume, if it was mounted for this.
+    mounted: Option<Volume>,
+}
+
+impl View {
+    /// As [`Disks::root`].
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Unmounts what was mounted to be looked at.
+    pub fn close(mut self) -> Result<(), Error> {
+        self.mounted.take().map_or(Ok(()), Volume::unmount)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // Only when something failed, which is what is told then.
+        let _ = self.mounted.take().map(Volume::unmount);
+    }
+}
+
 impl Disks {
     /// Prepares `dir`, an existing directory that no other agent uses.
     ///
@@ -94,12 +121,25 @@ impl Disks {
         image::import(src, name, &self.images(), self.backend)
     }
 
+    /// Makes what is in `dir` visible as it is: a volume that is not mounted is, until the view is closed. Nothing is made.
+    pub fn view(dir: &Path) -> Result<View, Error> {
+        let dir = fs::canonicalize(dir).map_err(Error::directory(dir))?;
+        if !Volume::exists(&dir) {
+            return Ok(View { root: dir, mounted: None });
+        }
+        let was_mounted = Volume::is_mounted(&dir)?;
+        // As ever, not to be read only: should this process be killed, the next to come uses what is mounted.
+        let volume = Volume::mount(&dir)?;
+        Ok(View { root: volume.mount_point().to_owned(), mounted: (!was_mounted).then_some(volume) })
+    }
+
     /// Unmounts the volume, which also frees its loop device. [`Error::Busy`] when something still uses it.
     pub fn close(self) -> Result<(), Error> {
         self.volume.map_or(Ok(()), Volume::unmount)
     }
 
-    fn images(&self) -> PathBuf {
+    /// Where imported images are.
+    pub fn images(&self) -> PathBuf {
         self.root.join("images")
     }
 }

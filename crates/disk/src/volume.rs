@@ -57,6 +57,11 @@ impl Volume {
         Ok(Self { mount_point })
     }
 
+    /// Whether the volume in `dir` is mounted.
+    pub(crate) fn is_mounted(dir: &Path) -> Result<bool, Error> {
+        is_mount_point(&dir.join("volume"))
+    }
+
     pub(crate) fn mount_point(&self) -> &Path {
         &self.mount_point
     }

@@ -23,7 +23,7 @@ pub use id::Id;
 pub use mapping::{Error as MappingError, Extent, Mapping, Source};
 pub use merge::{Error as MergeError, MERGE_AT, is_due};
 pub use open::{Content, Error as OpenError, Run, Snapshot};
-pub use store::{Audit, Broken, Collected, Error, Held, Merged, Packed, Store};
+pub use store::{Audit, Broken, Collected, Error, Held, Merged, Packed, Store, TEMPORARY};
 
 /// Bytes of a page: the unit of the mapping, of storage and of checksums.
 pub const PAGE_SIZE: u64 = 4096;

@@ -31,7 +31,7 @@ use crate::open::{self, Snapshot, read_header};
 use crate::{Generation, Header, Id, PAGE_SIZE, merge};
 
 /// In the names of files that are being written: before the id of a generation, after the name of a header.
-const TEMPORARY: &str = ".tmp-";
+pub const TEMPORARY: &str = ".tmp-";
 
 /// The generations of one data directory. Clones are the same store.
 #[derive(Debug, Clone)]

@@ -3,6 +3,7 @@
 //! Each check tries the thing itself where that leaves nothing behind (opens the device, clones a file, runs a guest) and
 //! asks about it only where not. It refuses to repair: what it would have to do needs root and an owner's consent.
 
+mod audit;
 mod kernel;
 mod programs;
 mod storage;
@@ -19,12 +20,16 @@ use crate::vmm_choice::{self, Choice};
 
 /// Says what this host has and lacks for running capsules, and what to do about it.
 ///
-/// Exits with 1 when capsules cannot run here.
+/// Exits with 1 when capsules cannot run here; with --storage, when something that is stored is damaged, lost, or of no use
+/// to anyone and will not be removed.
 #[derive(Debug, Args)]
 pub struct Doctor {
     /// The data directory of `wrenn up`; it need not exist yet.
     #[arg(long, env = "WRENN_DIR", default_value = "/var/lib/wrenn")]
     dir: PathBuf,
+    /// Look at what is stored in the data directory instead, also while it is in use. Nothing is changed.
+    #[arg(long)]
+    storage: bool,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -82,6 +87,9 @@ impl Doctor {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         let progress = Progress::new(self.json);
         progress.show("looking");
+        if self.storage {
+            return audit::run(&self.dir, self.json, progress).await;
+        }
         let report = self.examine().await?;
         drop(progress);
         if self.json {

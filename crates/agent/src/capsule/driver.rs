@@ -4,7 +4,7 @@ mod stored;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,6 +13,8 @@ use agent_api::CapsuleState;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
+use vmm::cgroup::Cgroup;
+use vmm::process::Process;
 
 use super::record::{Base, Journal, Phase, Record};
 use super::release::{release, stop};
@@ -29,6 +31,8 @@ const QUEUE: usize = 8;
 const CONSOLE: u64 = 2 << 10;
 /// How long a pause waits for exchanges with the guest to end.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long a save may go on whose guest has lost its pager.
+const UNPAGED: Duration = Duration::from_secs(5);
 
 struct Driver {
     host: Arc<Host>,
@@ -137,7 +141,7 @@ impl Driver {
             Err(start::Error::Cancelled) => self.end(CapsuleState::Stopped, "destroyed".into()).await,
             Err(error) => {
                 let reason = crate::chain(&error);
-                let console = last_lines(&self.journal.dir().join("vmm.log"));
+                let console = last_lines(&self.journal.dir().join(files::VMM_LOG));
                 warn!(capsule = %self.journal.record().spec.id, %reason, console, "the start failed");
                 self.observed.send_modify(|observed| observed.host_full = matches!(error, start::Error::Claim(_)));
                 self.end(CapsuleState::Failed, reason).await;
@@ -292,7 +296,8 @@ impl Driver {
         if tokio::time::timeout(DRAIN, self.traffic.drained()).await.is_err() {
             debug!(capsule = %id, open = self.traffic.open(), "pausing with open exchanges");
         }
-        if let Err(failed) = save::pause(&self.host, &mut self.journal, &running).await {
+        let watch = Watch::over(&self.host, &self.journal, &running);
+        if let Err(failed) = watch.during(save::pause(&self.host, &mut self.journal, &running)).await {
             let why = crate::chain(&failed);
             warn!(capsule = %id, error = why, "the pause failed");
             if !failed.goes_on {
@@ -359,7 +364,7 @@ impl Driver {
             }
             Err(error) => {
                 let reason = crate::chain(&error);
-                let console = last_lines(&self.journal.dir().join("vmm.log"));
+                let console = last_lines(&self.journal.dir().join(files::VMM_LOG));
                 warn!(capsule = %id, reason, console, "the resume failed");
                 self.back_to_paused().await;
                 self.publish(CapsuleState::Paused, reason);
@@ -394,7 +399,8 @@ impl Driver {
             let _ = done.send(Err(Refused::Save(save::Failed { error: save::Error::Remote(error), goes_on: true })));
             return Some(Life::Running(running));
         }
-        let captured = save::capture(&self.host, &mut self.journal, &running, dest).await;
+        let watch = Watch::over(&self.host, &self.journal, &running);
+        let captured = watch.during(save::capture(&self.host, &mut self.journal, &running, dest)).await;
         match captured {
             Ok(digest) => {
                 let _ = done.send(Ok((digest, self.journal.record().clone())));
@@ -489,7 +495,7 @@ impl Driver {
     }
 
     async fn fail(&mut self, reason: String) -> Option<Life> {
-        let console = last_lines(&self.journal.dir().join("vmm.log"));
+        let console = last_lines(&self.journal.dir().join(files::VMM_LOG));
         warn!(capsule = %self.journal.record().spec.id, %reason, console);
         self.end(CapsuleState::Failed, reason).await;
         None
@@ -514,6 +520,37 @@ impl Driver {
         let state = if leftovers.is_empty() { last } else { CapsuleState::Failed };
         self.publish(state, reason);
         info!(capsule = %id, "ended");
+    }
+}
+
+/// Sees to it that a save of a guest ends that has lost its pager: such a guest may stand still at any page that had not come.
+struct Watch<'a> {
+    pager: Option<&'a Process>,
+    dir: PathBuf,
+    cgroup: Cgroup,
+}
+
+impl<'a> Watch<'a> {
+    fn over(host: &Host, journal: &Journal, running: &'a Running) -> Self {
+        let (dir, cgroup) = (journal.dir().to_owned(), host.cgroup(journal.record().spec.id));
+        Self { pager: running.pager.as_ref(), dir, cgroup }
+    }
+
+    async fn during<T>(self, save: impl Future<Output = T>) -> T {
+        tokio::pin!(save);
+        tokio::select! {
+            biased;
+            saved = &mut save => return saved,
+            _ = pager_lost(self.pager, &self.dir) => {}
+        }
+        // What has come may be all that is to be saved.
+        if let Ok(saved) = tokio::time::timeout(UNPAGED, &mut save).await {
+            return saved;
+        }
+        if let Err(error) = self.cgroup.kill().await {
+            error!(dir = %self.dir.display(), error = crate::chain(&error), "ending a VMM that has lost its memory");
+        }
+        save.await
     }
 }
 

@@ -10,16 +10,19 @@
 //! point.json  memory  state  rootfs.ext4                                      of a point
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
-use snapshot::Store;
+use snapshot::{Store, TEMPORARY};
 use tracing::warn;
 
 /// The root disk of a capsule or point.
 pub const DISK: &str = "rootfs.ext4";
+/// What the VMM prints.
+pub const VMM_LOG: &str = "vmm.log";
 /// What a pager prints.
 pub const PAGER_LOG: &str = "pager.log";
 /// The socket of a capsule's pager.
@@ -49,14 +52,19 @@ pub fn disk(number: u32) -> String {
     format!("disk-{number}")
 }
 
-/// Every header in `dir`, a capsule's directory or a point's.
-pub fn headers(dir: &Path) -> Vec<PathBuf> {
+/// Every header in `dir`, a capsule's directory or a point's. Also one that is not there because its first write was not
+/// finished: who tells the store of it has what that left removed.
+pub fn headers(dir: &Path) -> BTreeSet<PathBuf> {
     let is_header = |name: &str| {
         name == MEMORY
             || name.strip_prefix("memory-").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
     };
+    let header_of = |file: &str| {
+        let name = file.split_once(TEMPORARY).map_or(file, |(name, _)| name);
+        is_header(name).then(|| dir.join(name))
+    };
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_name().to_str().is_some_and(is_header)).map(|entry| entry.path()).collect()
+    entries.filter_map(|entry| header_of(entry.file_name().to_str()?)).collect()
 }
 
 /// SHA-256 of a file, in hex.

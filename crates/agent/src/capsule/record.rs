@@ -15,6 +15,9 @@ use vmm::process::Identity;
 
 use super::Spec;
 
+/// The record's file in the capsule's directory.
+pub const RECORD: &str = "record.json";
+
 /// How far the capsule has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -133,7 +136,7 @@ impl Journal {
 
     /// Reads the record in `dir`; `None` when there is none that can be read.
     pub fn open(dir: PathBuf) -> Option<Self> {
-        let text = std::fs::read(dir.join("record.json")).ok()?;
+        let text = std::fs::read(dir.join(RECORD)).ok()?;
         let record = serde_json::from_slice(&text).ok()?;
         Some(Self { dir, record })
     }
@@ -172,7 +175,7 @@ impl Journal {
         if durable {
             file.sync_all()?;
         }
-        std::fs::rename(new, self.dir.join("record.json"))?;
+        std::fs::rename(new, self.dir.join(RECORD))?;
         if durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
     }
 }

@@ -7,9 +7,10 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use snapshot::Packed;
 use tracing::{debug, warn};
 use vmm::client::{Client, SnapshotKind};
 
@@ -67,9 +68,10 @@ pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -
         client.pause().await.map_err(Error::Vmm)?;
         save.dump(&client, journal).await?;
         let disk = journal.dir().join(files::DISK);
-        let (synced, saved) = tokio::join!(blocking(move || files::sync(&disk)), save.pack(host, journal, running));
+        let (synced, packed) = tokio::join!(blocking(move || files::sync(&disk)), save.pack(host, journal, running));
+        // Before there is a header: who finds that, and no VMM, takes the pause for whole.
         synced.map_err(Error::Keep)?;
-        saved
+        save.keep(host, journal, running, packed?).await
     };
     let committed = match saved.await {
         Ok(saved) => journal.commit(|record| save.done(record, Phase::Paused, saved)).map_err(Error::Record),
@@ -108,7 +110,8 @@ pub async fn capture(
     debug!(dir = %journal.dir().display(), "goes on");
     let kept = async {
         stopped?;
-        let saved = save.pack(host, journal, running).await?;
+        let packed = save.pack(host, journal, running).await?;
+        let saved = save.keep(host, journal, running, packed).await?;
         save.place(host, journal, dest).await?;
         let digest = saved.state.clone();
         journal.update(|record| save.done(record, Phase::Running, saved)).map_err(Error::Record)?;
@@ -138,6 +141,11 @@ async fn go_on(dir: &Path, running: &Running) -> bool {
     }
     running.guest.unfreeze().await;
     true
+}
+
+/// Where we see what the VMM dumped.
+fn dump(running: &Running) -> PathBuf {
+    running.process.sees(&Path::new(vmm::CAPSULE_DIR).join(vmm::DUMP_DIR).join(DUMP))
 }
 
 /// One snapshot in the making.
@@ -176,29 +184,46 @@ impl Save {
         Ok(())
     }
 
-    /// Makes what was dumped the capsule's snapshot, durably, but for the record.
-    async fn pack(&self, host: &Arc<Host>, journal: &Journal, running: &Running) -> Result<Saved, Error> {
+    /// Makes what was dumped durable, but for the header and the record that say so.
+    async fn pack(&self, host: &Arc<Host>, journal: &Journal, running: &Running) -> Result<(Packed, Saved), Error> {
         let dir = journal.dir().to_owned();
         let parent = match &self.base {
             Base::Snapshot(saved) => Some(dir.join(files::memory(saved.number))),
             Base::Boot | Base::Lost => None,
         };
-        let dump = running.process.sees(&Path::new(vmm::CAPSULE_DIR).join(vmm::DUMP_DIR).join(DUMP));
-        let (store, number) = (host.memory.clone(), self.number);
-        let saved = blocking(move || {
+        let (dump, store, number) = (dump(running), host.memory.clone(), self.number);
+        let packed = blocking(move || {
             let state = dir.join(files::state(number));
             files::sync(&state).map_err(Error::Keep)?;
             let digest = files::digest(&state).map_err(Error::Keep)?;
             let memory = File::open(&dump).map_err(Error::Dump)?;
             let packed = store.pack(&memory, parent.as_deref()).map_err(Error::Memory)?;
-            store.commit(&packed, &dir.join(files::memory(number))).map_err(Error::Memory)?;
-            // It is memory, and the capsule may go on for long.
-            fs::remove_file(&dump).map_err(Error::Dump)?;
-            Ok(Saved { number, state: digest })
+            Ok((packed, Saved { number, state: digest }))
         });
-        let saved = saved.await;
+        let packed = packed.await;
         debug!(dir = %journal.dir().display(), "packed");
-        saved
+        packed
+    }
+
+    /// Makes what was packed the capsule's snapshot, durably, but for the record.
+    async fn keep(
+        &self,
+        host: &Arc<Host>,
+        journal: &Journal,
+        running: &Running,
+        (packed, saved): (Packed, Saved),
+    ) -> Result<Saved, Error> {
+        let (dump, store, header) =
+            (dump(running), host.memory.clone(), journal.dir().join(files::memory(self.number)));
+        let keep = move || {
+            store.commit(&packed, &header).map_err(Error::Memory)?;
+            // It is memory, and the capsule may go on for long. With a VMM that has died it is gone already.
+            match fs::remove_file(&dump) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Dump(error)),
+                _ => Ok(saved),
+            }
+        };
+        blocking(keep).await
     }
 
     /// Gives a point its share of the snapshot.

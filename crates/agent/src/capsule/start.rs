@@ -289,7 +289,7 @@ async fn launch(host: &Host, spec: &Spec, dir: &Path, slot: Slot) -> Result<Proc
         dir,
         netns: &slot.netns_path(),
         cgroup: &host.cgroup(spec.id),
-        log: &dir.join("vmm.log"),
+        log: &dir.join(files::VMM_LOG),
     };
     let process = launch.spawn().await.map_err(Error::Launch)?;
     debug!(capsule = %spec.id, "VMM executed");

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use agent::audit::{Finding, Kind, Verdict};
 use agent::{Agent, Config};
 use agent_api::*;
 use api::CapsuleId;
@@ -13,6 +14,7 @@ use connectrpc::ConnectError;
 use guest_api::process::__buffa::view::oneof::process_event::Event;
 use guest_api::process::__buffa::view::oneof::process_event::data_event::Output;
 use guest_api::process::{ProcessConfig, StartRequest};
+use rustix::process::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
@@ -123,7 +125,7 @@ impl Caller {
                 _ => {}
             }
         }
-        panic!("the stream ended without an end")
+        Err(ConnectError::new(connectrpc::ErrorCode::Aborted, "the stream ended without an end"))
     }
 }
 
@@ -136,7 +138,7 @@ pub struct Host {
 }
 
 /// The images that `make images` prepared, and the VMM that this build made.
-fn config(dir: &Path) -> Config {
+pub fn config(dir: &Path) -> Config {
     let cache =
         std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
     let images = PathBuf::from(cache).join("images");
@@ -199,8 +201,7 @@ impl Host {
 
     /// Where images and capsules are, on either kind of disk.
     pub fn root(&self) -> PathBuf {
-        let volume = self.dir.path().join("volume");
-        if volume.exists() { volume } else { self.dir.path().to_owned() }
+        root(self.dir.path())
     }
 
     fn instance(&self) -> String {
@@ -208,21 +209,9 @@ impl Host {
         socket.file_stem().unwrap().to_str().unwrap().trim_start_matches("agent-").to_owned()
     }
 
-    /// How much of capsules this agent holds on the machine: directories, claims and their namespaces, control groups,
-    /// firewall elements. 0 when there is no capsule.
+    /// What [`holds`] says of this agent.
     pub fn holds(&self) -> usize {
-        let instance = self.instance();
-        let claims: Vec<String> = names("/run/wrenn/slots")
-            .into_iter()
-            .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(&instance)))
-            .collect();
-        let namespaces =
-            claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
-        let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}/wrenn-{instance}"));
-        let groups: usize = groups.iter().map(|group| directories(group)).sum();
-        let table = Command::new("nft").args(["list", "table", "inet", &format!("wrenn_{instance}")]).output().unwrap();
-        let elements = String::from_utf8_lossy(&table.stdout).matches("wrenn-veth").count();
-        directories(self.root().join("capsules").to_str().unwrap()) + claims.len() + namespaces + groups + elements
+        holds(&self.root(), &self.instance())
     }
 
     /// The directory of a capsule.
@@ -238,19 +227,13 @@ impl Host {
     /// Kills a process that the capsule's record names.
     pub fn kill(&self, id: CapsuleId, process: &str) {
         let pid = self.record(id)[process]["pid"].as_i64().unwrap_or_else(|| panic!("it has no {process}"));
-        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        let pid = Pid::from_raw(pid as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
     /// How many processes run in the control groups of this agent's capsules.
     pub fn processes(&self) -> usize {
-        let groups = format!("/wrenn-{}/", self.instance());
-        names("/proc")
-            .into_iter()
-            .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&groups)))
-            // One that has ended holds nothing any more; the machine's init collects it when it gets to it.
-            .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
-            .count()
+        processes(&self.instance()).len()
     }
 
     /// How many generations of memory are kept.
@@ -263,6 +246,19 @@ impl Host {
         while self.generations() != count {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Waits until the audit finds no garbage among the generations.
+    pub async fn until_generations_are_settled(&self) {
+        let is_generation = |finding: &Finding| finding.kind == Kind::Generation && finding.verdict == Verdict::Garbage;
+        while agent::audit::audit(self.dir(), &["agent.sock"]).await.unwrap().findings.iter().any(is_generation) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The data directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Stops the agent after its capsules were paused; nothing is left but the directory.
@@ -288,6 +284,39 @@ impl Host {
         self.agent.destroy_all().await;
         self.agent.close().await.unwrap();
     }
+}
+
+/// Where images and capsules of the data directory `dir` are, on either kind of disk.
+pub fn root(dir: &Path) -> PathBuf {
+    let volume = dir.join("volume");
+    if volume.exists() { volume } else { dir.to_owned() }
+}
+
+/// How much of capsules the agent `instance` holds on the machine, with its disks below `root`: directories, claims and
+/// their namespaces, control groups, firewall elements. 0 when there is no capsule.
+pub fn holds(root: &Path, instance: &str) -> usize {
+    let claims: Vec<String> = names("/run/wrenn/slots")
+        .into_iter()
+        .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(instance)))
+        .collect();
+    let namespaces = claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
+    let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}/wrenn-{instance}"));
+    let groups: usize = groups.iter().map(|group| directories(group)).sum();
+    let table = Command::new("nft").args(["list", "table", "inet", &format!("wrenn_{instance}")]).output().unwrap();
+    let elements = String::from_utf8_lossy(&table.stdout).matches("wrenn-veth").count();
+    directories(root.join("capsules").to_str().unwrap()) + claims.len() + namespaces + groups + elements
+}
+
+/// The processes in the control groups of the capsules of the agent `instance`.
+pub fn processes(instance: &str) -> Vec<Pid> {
+    let groups = format!("/wrenn-{instance}/");
+    names("/proc")
+        .into_iter()
+        .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(&groups)))
+        // One that has ended holds nothing any more; the machine's init collects it when it gets to it.
+        .filter(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
+        .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+        .collect()
 }
 
 fn names(dir: &str) -> Vec<String> {

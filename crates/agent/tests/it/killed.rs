@@ -1,162 +1,330 @@
-//! An agent that is killed at any instant of a pause, a resume or a fork: afterwards each capsule runs or is paused, with
-//! all its memory, and the host holds nothing else. The agent is `wrenn agent`, a process of its own.
+//! An agent, a pager or a VMM that is killed at any instant of a pause, a resume, a fork or a merge: afterwards each capsule
+//! runs, or is paused and can be resumed with all that it was told last, or has failed with a reason. At the end nothing
+//! is left of any of it.
+//!
+//! `WRENN_KILLS` is the number of random instants for each victim; `WRENN_SEED` repeats a run's choices, though not its
+//! timing. With 200 instants or more, every commit point of the agent is tried, else some of them.
 
-use std::fs;
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+#![expect(clippy::print_stderr, reason = "a failed run is understood by what it did before")]
 
-use crate::common::{Caller, spec};
-use agent_api::{CapsuleState, ListCapsulesRequest};
+mod agent;
+mod trace;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use agent_api::{Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, SnapshotCapsuleRequest};
 use api::CapsuleId;
-use tempfile::TempDir;
+use connectrpc::ConnectError;
+use snapshot::MERGE_AT;
 
-const KEEP: &str =
-    "head -c 4M /dev/urandom > /dev/shm/m; md5sum < /dev/shm/m > /dev/shm/sum; cp /dev/shm/m /root/m; sync";
-const CHECK: &str = "sum=$(cat /dev/shm/sum); test \"$(md5sum < /dev/shm/m)\" = \"$sum\"; test \"$(md5sum < /root/m)\" = \"$sum\"; \
-    echo $((n=$(cat /root/n 2>/dev/null || echo 0)+1)) > /root/n; cat /dev/shm/sum";
+use crate::common::spec;
+use agent::{Killable, Kind, kill};
+use trace::Trace;
 
-/// An agent process and its directory.
-struct Killable {
-    dir: TempDir,
-    port: u16,
-    process: Child,
+/// What every capsule here has besides: something in memory that never changes.
+const KEEP: &str = "head -c 24M /dev/urandom > /dev/shm/big; md5sum < /dev/shm/big > /dev/shm/big.sum";
+/// Writes something new into memory and disk, and says what.
+const WRITE: &str = "head -c 1M /dev/urandom > /dev/shm/m; cp /dev/shm/m /root/m; md5sum < /dev/shm/m > /dev/shm/sum; \
+    cp /dev/shm/sum /root/sum; cat /dev/shm/sum";
+/// Says in four ways what was written last, after a look at what never changes.
+const READ: &str = "test \"$(md5sum < /dev/shm/big)\" = \"$(cat /dev/shm/big.sum)\" || echo big; \
+    md5sum < /dev/shm/m; md5sum < /root/m; cat /dev/shm/sum /root/sum";
+/// The template that capsules begin from which take the place of one that failed.
+const TEMPLATE: &str = "golden";
+
+/// How long one attempt may take, whatever is killed: what takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(150);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Verb {
+    Pause,
+    Resume,
+    Fork,
+    /// What follows a pause when there are many generations.
+    Merge,
 }
 
-impl Killable {
-    async fn start() -> Self {
-        let dir = TempDir::with_prefix("wrenn-killed-").unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let process = Self::spawn(&dir, port);
-        let mut killable = Self { dir, port, process };
-        killable.answers().await;
-        killable
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Agent,
+    Of(Kind),
+}
+
+/// Random instants for each victim.
+fn kills() -> usize {
+    std::env::var("WRENN_KILLS").map_or(14, |kills| kills.parse().expect("WRENN_KILLS is a number"))
+}
+
+/// Numbers that are all determined by the first, which is printed.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let seed = std::env::var("WRENN_SEED")
+            .map_or_else(|_| getrandom::u64().unwrap(), |seed| seed.parse().expect("WRENN_SEED is a number"));
+        eprintln!("WRENN_SEED={seed}");
+        Self(seed)
     }
 
-    fn spawn(dir: &TempDir, port: u16) -> Child {
-        let test = std::env::current_exe().unwrap();
-        Command::new(test.ancestors().nth(2).unwrap().join("wrenn"))
-            .args(["agent", "--dir", dir.path().to_str().unwrap(), "--listen", &format!("127.0.0.1:{port}")])
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap()
+    /// Below `end`. SplitMix64, and the modulo's bias is of no concern.
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % end
     }
+}
 
-    fn caller(&self) -> Caller {
-        Caller(format!("http://127.0.0.1:{}", self.port).parse().unwrap())
-    }
+/// An agent with one capsule, and what that was told last.
+struct World {
+    agent: Killable,
+    id: CapsuleId,
+    sum: String,
+    random: Random,
+    /// How long each verb takes when nobody is killed.
+    spans: BTreeMap<Verb, Duration>,
+    /// Before there was anything.
+    usage: u64,
+    /// What became of the capsule, how often.
+    outcomes: BTreeMap<String, usize>,
+}
 
-    async fn answers(&mut self) {
-        while self.caller().lifecycle().list_capsules(ListCapsulesRequest::default()).await.is_err() {
-            assert!(self.process.try_wait().unwrap().is_none(), "the agent ended by itself");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+impl World {
+    async fn open() -> Self {
+        let random = Random::new();
+        let agent = Killable::start().await;
+        let (id, usage) = (CapsuleId::random(), agent.usage());
+        agent.caller().create(spec(id)).await.unwrap();
+        agent.caller().sh(id, KEEP).await;
+        let snapshot = SnapshotCapsuleRequest { id: id.to_string(), name: TEMPLATE.into(), ..Default::default() };
+        agent.caller().lifecycle().snapshot_capsule(snapshot).await.unwrap();
+        let (spans, outcomes) = (BTreeMap::new(), BTreeMap::new());
+        let mut world = Self { agent, id, sum: String::new(), random, spans, usage, outcomes };
+        for verb in [Verb::Pause, Verb::Resume, Verb::Fork, Verb::Merge] {
+            world.prepare(verb).await.unwrap();
+            let begun = Instant::now();
+            world.ask(verb).await.unwrap();
+            world.spans.insert(verb, begun.elapsed());
+            world.children_are_whole().await;
         }
+        // A merge follows a pause, and nobody says when it is done.
+        world.spans.insert(Verb::Merge, Duration::from_millis(400));
+        world
     }
 
-    async fn kill_and_restart(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-        self.process = Self::spawn(&self.dir, self.port);
-        self.answers().await;
+    /// Has something new written, and brings the capsule to where `verb` begins.
+    async fn prepare(&mut self, verb: Verb) -> Result<(), ConnectError> {
+        let (id, caller) = (self.id, self.agent.caller());
+        caller.resume(id).await?;
+        self.sum = caller.try_sh(id, WRITE).await?;
+        match verb {
+            Verb::Pause | Verb::Fork => {}
+            Verb::Resume | Verb::Merge => _ = caller.pause(id).await?,
+        }
+        Ok(())
     }
 
-    fn root(&self) -> std::path::PathBuf {
-        let volume = self.dir.path().join("volume");
-        if volume.exists() { volume } else { self.dir.path().to_owned() }
-    }
-
-    /// Waits until the host has these many capsules and of each only what it needs.
-    async fn holds_only(&self, capsules: usize) {
-        loop {
-            let count = |dir: &str| fs::read_dir(self.root().join(dir)).unwrap().count();
-            let listed = self.caller().lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap();
-            let alive = listed
-                .into_owned()
-                .capsules
-                .into_iter()
-                .filter(|capsule| capsule.state == CapsuleState::Running || capsule.state == CapsuleState::Paused);
-            if (alive.count(), count("capsules"), count("passing")) == (capsules, capsules, 0) {
-                return;
+    /// Does `verb`, which for a merge is only to wait for it.
+    fn ask(&self, verb: Verb) -> tokio::task::JoinHandle<()> {
+        let (id, caller) = (self.id, self.agent.caller());
+        tokio::spawn(async move {
+            // What comes of it is looked at later.
+            match verb {
+                Verb::Pause => drop(caller.pause(id).await),
+                Verb::Resume => drop(caller.resume(id).await),
+                Verb::Fork => drop(caller.fork(id, &[CapsuleId::random()]).await),
+                Verb::Merge => {}
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        })
     }
 
-    async fn end(mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-        let volume = self.dir.path().join("volume");
-        if volume.exists() {
-            Command::new("umount").arg(&volume).status().unwrap();
+    fn choose(&mut self) -> Verb {
+        if self.agent.generations_of(self.id) + 1 >= MERGE_AT {
+            return Verb::Merge;
         }
+        [Verb::Pause, Verb::Resume, Verb::Fork][self.random.below(3) as usize]
     }
-}
 
-#[tokio::test]
-async fn a_capsule_is_running_or_paused_and_whole_whenever_its_agent_is_killed() {
-    let mut agent = Killable::start().await;
-    let id = CapsuleId::random();
-    agent.caller().create(spec(id)).await.unwrap();
-    let sum = agent.caller().sh(id, &format!("{KEEP}; cat /dev/shm/sum")).await;
-    // A pause and a resume take some hundred milliseconds here: the kills fall before, between and after their steps.
-    for millis in [0, 5, 10, 20, 30, 45, 60, 80, 100, 130, 170, 220, 280, 350, 450, 600, 800] {
-        for verb in ["pause", "resume"] {
-            let caller = agent.caller();
-            let asked = tokio::spawn(async move {
-                let _ = match verb {
-                    "pause" => caller.pause(id).await.map(drop),
-                    _ => caller.resume(id).await.map(drop),
-                };
-            });
-            tokio::time::sleep(Duration::from_millis(millis)).await;
-            agent.kill_and_restart().await;
-            asked.await.unwrap();
-            agent.holds_only(1).await;
-            let caller = agent.caller();
-            caller.resume(id).await.unwrap();
-            assert_eq!(caller.sh(id, CHECK).await, sum, "{verb} killed after {millis} ms");
-            if verb == "pause" {
-                caller.pause(id).await.unwrap();
+    /// Kills `victim` at a random instant of `verb`. False when there was none to kill.
+    async fn strike(&mut self, victim: Victim, verb: Verb) -> bool {
+        while self.prepare(verb).await.is_err() {
+            // What was killed last is missed only now.
+            self.is_whole(victim).await;
+        }
+        let instant = Duration::from_micros(self.random.below(self.spans[&verb].as_micros() as u64 * 5 / 4));
+        let asked = self.ask(verb);
+        let begun = Instant::now();
+        tokio::time::sleep(instant).await;
+        let is_killed = match victim {
+            Victim::Agent => {
+                self.agent.kill();
+                true
             }
-        }
-    }
-    agent.caller().destroy(id).await;
-    agent.holds_only(0).await;
-    agent.end().await;
-}
-
-#[tokio::test]
-async fn a_fork_whose_agent_is_killed_leaves_whole_children_or_none() {
-    let mut agent = Killable::start().await;
-    let parent = CapsuleId::random();
-    agent.caller().create(spec(parent)).await.unwrap();
-    let sum = agent.caller().sh(parent, &format!("{KEEP}; cat /dev/shm/sum")).await;
-    for millis in [0, 20, 50, 100, 150, 250, 400, 600, 900] {
-        let ids = [CapsuleId::random(), CapsuleId::random()];
-        let caller = agent.caller();
-        let asked = tokio::spawn(async move {
-            let _ = caller.fork(parent, &ids).await;
-        });
-        tokio::time::sleep(Duration::from_millis(millis)).await;
-        agent.kill_and_restart().await;
+            Victim::Of(kind) => loop {
+                let pids = self.agent.processes(kind);
+                if !pids.is_empty() {
+                    kill(pids[self.random.below(pids.len() as u64) as usize]);
+                    break true;
+                }
+                // A resume has none yet, a pause has none any more.
+                if asked.is_finished() {
+                    break false;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            },
+        };
+        eprintln!("{victim:?} killed: {is_killed}, {:?} into {verb:?}", begun.elapsed());
         asked.await.unwrap();
-        let caller = agent.caller();
-        let listed = caller.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned();
-        assert_eq!(caller.sh(parent, CHECK).await, sum, "the parent, killed after {millis} ms");
-        for capsule in &listed.capsules {
-            let id = capsule.id.parse().unwrap();
-            assert_eq!(caller.sh(id, CHECK).await, sum, "{id}, killed after {millis} ms");
-            if id != parent {
-                caller.destroy(id).await;
+        if victim == Victim::Agent {
+            self.agent.restart().await;
+        }
+        is_killed
+    }
+
+    /// Whatever was killed, the capsule is one of three things. One that failed is replaced.
+    async fn is_whole(&mut self, victim: Victim) {
+        let capsule = self.agent.settled(self.id).await.expect("it is still told what became of it");
+        self.children_are_whole().await;
+        let outcome = match self.read(&capsule).await {
+            Some(state) => state,
+            None => {
+                // Only its own processes take a capsule with them.
+                assert_ne!(victim, Victim::Agent, "the capsule has failed");
+                self.id = CapsuleId::random();
+                let from = CapsuleSpec { image: TEMPLATE.into(), ..spec(self.id) };
+                self.agent.caller().create(from).await.unwrap();
+                "failed"
+            }
+        };
+        *self.outcomes.entry(outcome.to_owned()).or_default() += 1;
+        self.agent.storage_is_clean().await;
+    }
+
+    /// Reads back what the capsule was told last; `None` when it has failed, with a reason.
+    async fn read(&self, capsule: &Capsule) -> Option<&'static str> {
+        let (id, caller) = (capsule.id.parse().unwrap(), self.agent.caller());
+        let mut outcome = "running";
+        loop {
+            let capsule = self.agent.settled(id).await.expect("it is still told what became of it");
+            if capsule.state == CapsuleState::Failed {
+                assert!(!capsule.reason.is_empty());
+                return None;
+            }
+            if capsule.state == CapsuleState::Paused {
+                outcome = "paused";
+                caller.resume(id).await.unwrap();
+            }
+            match caller.try_sh(id, READ).await {
+                Ok(read) => {
+                    assert_eq!(read, [self.sum.as_str(); 4].join("\n"), "{id} is not what it was");
+                    return Some(outcome);
+                }
+                // It ran until just now, and nobody has noticed yet.
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }
-        agent.holds_only(1).await;
-        // The next snapshot of the parent is whole, whatever the last one came to.
-        caller.pause(parent).await.unwrap();
-        caller.resume(parent).await.unwrap();
-        assert_eq!(caller.sh(parent, CHECK).await, sum);
     }
-    agent.caller().destroy(parent).await;
-    agent.holds_only(0).await;
-    agent.end().await;
+
+    /// Looks at every capsule but the one, and ends it.
+    async fn children_are_whole(&self) {
+        for capsule in self.agent.capsules().await {
+            let id: CapsuleId = capsule.id.parse().unwrap();
+            if id == self.id {
+                continue;
+            }
+            let Some(capsule) = self.agent.settled(id).await else { continue };
+            let is_here = capsule.state == CapsuleState::Running || capsule.state == CapsuleState::Paused;
+            if is_here {
+                self.read(&capsule).await;
+                self.agent.caller().destroy(id).await;
+            } else {
+                assert!(!capsule.reason.is_empty(), "{id} ended without a reason");
+            }
+        }
+    }
+
+    /// Ends the capsule and all that came of it, after which there is nothing more than in the beginning.
+    async fn end(self) {
+        eprintln!("{:?}", self.outcomes);
+        self.agent.caller().destroy(self.id).await;
+        let forget = DeleteTemplateRequest { name: TEMPLATE.into(), ..Default::default() };
+        self.agent.caller().lifecycle().delete_template(forget).await.unwrap();
+        let nothing_is_left = async {
+            while self.agent.holds() != (0, 0, 0) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let waited = tokio::time::timeout(LIMIT, nothing_is_left).await;
+        assert!(waited.is_ok(), "it still holds {:?}", self.agent.holds());
+        self.agent.storage_is_clean().await;
+        assert_eq!(self.agent.usage(), self.usage);
+        assert!(self.agent.end());
+    }
+}
+
+async fn survives_random_kills(victim: Victim) {
+    let mut world = World::open().await;
+    let mut kills = kills();
+    while kills > 0 {
+        let verb = world.choose();
+        let attempt = async {
+            let is_killed = world.strike(victim, verb).await;
+            world.is_whole(victim).await;
+            is_killed
+        };
+        let begun = Instant::now();
+        match tokio::time::timeout(LIMIT, attempt).await {
+            Ok(is_killed) => {
+                kills -= usize::from(is_killed);
+                eprintln!("whole after {:?}", begun.elapsed());
+            }
+            Err(_) => panic!("it hangs after a kill during {verb:?}: {:?}", world.agent.capsules().await),
+        }
+    }
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_at_a_random_instant_loses_nothing() {
+    survives_random_kills(Victim::Agent).await;
+}
+
+#[tokio::test]
+async fn a_pager_that_is_killed_at_a_random_instant_loses_nothing_silently() {
+    survives_random_kills(Victim::Of(Kind::Pager)).await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_is_killed_at_a_random_instant_loses_nothing_silently() {
+    survives_random_kills(Victim::Of(Kind::Vmm)).await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_at_a_commit_point_loses_nothing() {
+    let mut world = World::open().await;
+    for verb in [Verb::Pause, Verb::Resume, Verb::Fork] {
+        let step = if kills() < 200 { 7 } else { 1 };
+        let mut at = 1 + world.random.below(step) as usize;
+        loop {
+            world.prepare(verb).await.unwrap();
+            let trace = Trace::begin(world.agent.pid(), at);
+            let asked = world.ask(verb);
+            asked.await.unwrap();
+            // What happens beside the verb, such as a merge, counts as long as this lasts.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            world.agent.kill();
+            let seen = trace.end();
+            world.agent.restart().await;
+            world.is_whole(Victim::Agent).await;
+            eprintln!("{verb:?}: {seen:?}");
+            if !seen.is_killed {
+                assert!(seen.commits > 5, "{verb:?} has only {} commits", seen.commits);
+                break;
+            }
+            at += step as usize;
+        }
+    }
+    world.end().await;
 }

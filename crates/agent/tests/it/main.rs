@@ -1,5 +1,6 @@
 //! Real capsules by a real agent.
 
+mod audit;
 mod common;
 mod endurance;
 mod killed;
