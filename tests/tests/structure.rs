@@ -25,12 +25,28 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("firecracker-qemu", &[]),
     ("envd", &["guest-api"]),
     ("agent", &["agent-api", "api", "disk", "guest-api", "network", "objects", "proxy", "snapshot", "vmm"]),
-    ("control", &["agent-api", "api", "guest-api", "lifecycle"]),
+    ("control", &["agent-api", "api", "guest-api", "lifecycle", "proxy"]),
     ("pager", &["snapshot"]),
-    ("wrenn", &["agent", "agent-api", "api", "control", "objects", "pager", "snapshot", "vmm"]),
+    ("wrenn", &["agent", "agent-api", "api", "control", "objects", "pager", "proxy", "snapshot", "vmm"]),
     ("testkit", &["agent-api", "api", "guest-api", "proxy"]),
     ("end-to-end", &["agent-api", "api", "guest-api", "testkit"]),
-    ("benches", &["agent", "agent-api", "api", "guest-api", "testkit", "vmm", "network", "disk", "pager", "snapshot"]),
+    (
+        "benches",
+        &[
+            "agent",
+            "agent-api",
+            "api",
+            "control",
+            "guest-api",
+            "proxy",
+            "testkit",
+            "vmm",
+            "network",
+            "disk",
+            "pager",
+            "snapshot",
+        ],
+    ),
 ];
 
 /// Foreign crates that a pure crate may not use: each would bring IO or a clock.

@@ -1,7 +1,7 @@
 //! The host agent: makes capsules on one machine and keeps them, whatever happens to the agent itself.
 //!
 //! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
-//! same listener ([`guest`]); behind both, one driver task owns each capsule ([`capsule`]).
+//! same listener ([`guest`] for envd, [`ports`] for what users run); behind both, one driver task owns each capsule ([`capsule`]).
 
 mod boot;
 pub mod capsule;
@@ -9,6 +9,7 @@ mod fork;
 pub mod guest;
 pub mod host;
 pub mod point;
+pub mod ports;
 mod rpc;
 mod templates;
 
@@ -101,6 +102,8 @@ impl Agent {
     pub fn router(&self) -> Router {
         Router::new()
             .route("/guest/{*path}", any(guest::forward))
+            .route("/proxy/{*path}", any(ports::forward))
+            .route("/tcp/{capsule}/{port}", any(ports::tcp))
             .with_state(self.clone())
             .merge(rpc::router(self.clone()))
     }

@@ -15,6 +15,7 @@ use connectrpc::{ConnectError, ErrorCode};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use lifecycle::{Event, HostState};
+use proxy::{Target, Upstream};
 
 /// Why a host did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -142,16 +143,26 @@ const FORK: Duration = Duration::from_secs(300);
 const SNAPSHOT: Duration = Duration::from_secs(600);
 const QUICK: Duration = Duration::from_secs(10);
 
-/// The agent of one host. Lifecycle calls and guest traffic never share a connection.
+/// The agent of one host. Lifecycle calls, what the platform does in guests, and traffic with what users run there never
+/// share a connection.
 pub struct Host {
     lifecycle: Lifecycle,
     guests: Transport,
+    ports: Upstream,
 }
 
 impl Host {
     /// Connects when first used.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { lifecycle: Transport::new(endpoint.clone()).lifecycle(), guests: Transport::new(endpoint) }
+        let target = match &endpoint {
+            Endpoint::Unix(path) => Target::Socket(path.clone()),
+            Endpoint::Http(authority) => Target::Name(authority.to_string()),
+        };
+        Self {
+            lifecycle: Transport::new(endpoint.clone()).lifecycle(),
+            guests: Transport::new(endpoint),
+            ports: Upstream::new(target),
+        }
     }
 
     /// Makes the capsule run; answers when its guest does.
@@ -260,6 +271,11 @@ impl Host {
         request: Request<ClientBody>,
     ) -> Result<Response<Incoming>, ConnectError> {
         self.guests.send_to_guest(id, request).await
+    }
+
+    /// The way to what users run in capsules, by the paths of `proxy::path` and `agent_api::port`.
+    pub fn ports(&self) -> &Upstream {
+        &self.ports
     }
 }
 

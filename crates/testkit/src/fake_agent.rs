@@ -4,6 +4,7 @@
 
 mod guest;
 mod life;
+mod ports;
 mod service;
 
 use std::collections::BTreeMap;
@@ -235,6 +236,8 @@ where
     let rpc = Arc::new(service::Service(inner.clone())).register(connectrpc::Router::new());
     let router = axum::Router::new()
         .route("/guest/{id}/{*path}", axum::routing::any(guest))
+        .route("/proxy/{*path}", axum::routing::any(ports::forward))
+        .route("/tcp/{id}/{port}", axum::routing::any(ports::tcp))
         .with_state(inner.clone())
         .fallback_service(rpc.into_axum_service());
     let counted = inner.clone();

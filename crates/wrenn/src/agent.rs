@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use ::agent::Agent;
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 use crate::images::Images;
 use crate::terminal::{Progress, interrupted};
 use crate::{images, up, vmm_choice};
+
+/// How long a shutdown waits for exchanges that are under way.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Runs the host agent alone. Stopping it leaves its capsules running, for the next one to take over.
 #[derive(Debug, Args)]
@@ -46,7 +50,7 @@ impl AgentCommand {
         }
         let progress = Progress::new(false);
         let dir = up::prepare_dir(&self.dir)?;
-        let _lock = up::lock(&dir)?;
+        let _lock = up::lock(&dir).await?;
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
@@ -56,11 +60,14 @@ impl AgentCommand {
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
         let shutdown = CancellationToken::new();
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
-        let server = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        let server = tokio::spawn(server.into_future());
+        let mut server = tokio::spawn(proxy::serve(listener, agent.router(), shutdown.clone().cancelled_owned()));
         interrupted().await?;
         shutdown.cancel();
-        server.await?.context("the agent's listener")?;
+        // Streams that have no end of their own are cut; what they are about goes on in its capsule.
+        match tokio::time::timeout(GRACE, &mut server).await {
+            Ok(ended) => ended.context("the agent's listener")?,
+            Err(_) => server.abort(),
+        }
         forget.await?;
         Ok(ExitCode::SUCCESS)
     }

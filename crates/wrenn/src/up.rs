@@ -4,6 +4,7 @@ use std::fs::{self, File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use ::agent::Agent;
 use ::control::Control;
@@ -44,6 +45,10 @@ pub struct Up {
     json: bool,
 }
 
+/// How long a directory may be in use before that is an error, and the pause between two looks.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// The line that says that all is ready.
 #[derive(Serialize)]
 struct Ready {
@@ -58,7 +63,7 @@ impl Up {
     pub async fn run(self) -> Result<ExitCode> {
         let progress = Progress::new(self.json);
         let dir = prepare_dir(&self.dir)?;
-        let _lock = lock(&dir)?;
+        let _lock = lock(&dir).await?;
 
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
@@ -88,11 +93,8 @@ impl Up {
         let api_key = api_key(&dir, &control).await?;
 
         let shutdown = CancellationToken::new();
-        let agent_server = tokio::spawn(
-            axum::serve(agent_listener, agent.router())
-                .with_graceful_shutdown(shutdown.clone().cancelled_owned())
-                .into_future(),
-        );
+        let agent_server =
+            tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
         let control_server = tokio::spawn(async move { control.run(listener, stop).await });
@@ -113,7 +115,7 @@ impl Up {
         };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;
-        agent_server.await?.context("the agent's listener")?;
+        agent_server.await.context("the agent's listener")?;
         forget.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
@@ -135,15 +137,25 @@ pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
     Ok(dir.canonicalize()?)
 }
 
-/// Holds the directory for this process alone. The kernel lets go when it ends, however it ends.
-pub fn lock(dir: &Path) -> Result<File> {
+/// Holds the directory for this process alone. The kernel lets go when it ends, however it ends; of one that was killed
+/// while it started a VMM, a child may hold it for a moment longer.
+pub async fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another wrenn uses {}; give this one its own --dir", dir.display()),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    let locked = async {
+        loop {
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_PAUSE).await,
+                Err(TryLockError::Error(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+    };
+    match tokio::time::timeout(LOCK_LIMIT, locked).await {
+        Ok(locked) => locked.with_context(|| format!("locking {}", path.display()))?,
+        Err(_) => bail!("another wrenn uses {}; give this one its own --dir", dir.display()),
     }
+    Ok(file)
 }
 
 /// A socket that only root reaches, whatever an earlier run left in its place.

@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::guest::Guest;
 use record::Record;
-pub use traffic::{Cut, Traffic};
+pub use traffic::{Cut, Open, Traffic};
 
 /// What a capsule is made from; it never changes while the capsule lives.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

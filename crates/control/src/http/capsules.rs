@@ -33,8 +33,9 @@ pub async fn create(
     State(app): State<App>,
     body::Json(request): body::Json<CreateCapsule>,
 ) -> Result<(StatusCode, Json<api::Capsule>), Error> {
-    let capsule = op::create::create(&app.ctx, team, actor, request).await?;
-    Ok((StatusCode::CREATED, Json(op::show(capsule))))
+    let made = op::create::create(&app.ctx, team, actor, request).await?;
+    let capsule = api::Capsule { traffic_access_token: made.traffic_token, ..op::show(made.capsule) };
+    Ok((StatusCode::CREATED, Json(capsule)))
 }
 
 /// List capsules
@@ -139,8 +140,11 @@ pub async fn fork(
     State(app): State<App>,
     body::Json(request): body::Json<ForkCapsule>,
 ) -> Result<(StatusCode, Json<Forked>), Error> {
-    let capsules = op::fork::fork(&app.ctx, row, caller.actor, request).await?;
-    Ok((StatusCode::CREATED, Json(Forked { capsules: capsules.into_iter().map(op::show).collect() })))
+    let made = op::fork::fork(&app.ctx, row, caller.actor, request).await?;
+    let capsules = made
+        .into_iter()
+        .map(|made| api::Capsule { traffic_access_token: made.traffic_token, ..op::show(made.capsule) });
+    Ok((StatusCode::CREATED, Json(Forked { capsules: capsules.collect() })))
 }
 
 /// Keep a capsule awake

@@ -3,6 +3,8 @@
 //! Every test runs on SQLite and on PostgreSQL.
 
 mod capsules;
+mod edge;
+mod edge_raw;
 mod events;
 mod exec;
 mod files;
