@@ -8,8 +8,10 @@ use api::CapsuleId;
 use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
+use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
+use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 use vmm::cgroup::Cgroup;
 
@@ -21,8 +23,13 @@ const TEMPLATES: &str = "templates";
 /// Points of forks, and guests that only exist to be boot snapshots.
 const PASSING: &str = "passing";
 const BOOTS: &str = "boots";
+/// Has a file for each capsule that the object store is still to forget.
+const FORGOTTEN: &str = "forgotten";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
+
+/// Each sends several chunks at the same time.
+const UPLOADS_AT_ONCE: usize = 2;
 
 /// How an agent is set up. Complete before anything is opened.
 #[derive(Debug, Clone)]
@@ -37,6 +44,8 @@ pub struct Config {
     pub templates: BTreeMap<String, PathBuf>,
     /// The program that serves the memory of resumed guests, with the words before its options: `wrenn pager`.
     pub pager: (PathBuf, Vec<String>),
+    /// Where what is paused goes too, so that other hosts can resume it.
+    pub objects: Option<objects::Config>,
     /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
     /// boot snapshots and uses none.
     pub boot_snapshots: Option<Sizes>,
@@ -69,6 +78,10 @@ pub struct Host {
     pub memory: Store,
     /// What is begun from in place of booting an image.
     pub boots: Boots,
+    /// Where what is paused goes too.
+    pub objects: Option<Objects>,
+    /// One for each upload that may be under way.
+    pub uploads: Semaphore,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
     pub instance: String,
 }
@@ -97,6 +110,9 @@ pub enum Error {
     /// The memory of what was saved.
     #[error("opening the store of saved memory")]
     Memory(#[source] snapshot::Error),
+    /// The object store.
+    #[error("opening the object store")]
+    Objects(#[source] objects::Error),
 }
 
 /// Giving back what capsules shared.
@@ -136,18 +152,32 @@ impl Host {
             let dir = disks.root().join(dir);
             std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
         }
+        let forgotten = disks.root().join(FORGOTTEN);
+        std::fs::create_dir_all(&forgotten).map_err(|source| Error::Dir(forgotten, source))?;
         let (memory, broken) = Store::open(disks.root(), headers(disks.root())).map_err(Error::Memory)?;
         for header in broken {
             warn!(header = %header.path.display(), error = crate::chain(&header.error), "a snapshot of an earlier run is damaged");
         }
         let boots = Boots::open(&config, &images, disks.root(), &memory)
             .map_err(|source| Error::Dir(disks.root().join(BOOTS), source))?;
-        Ok(Self { config, network: Arc::new(network), disks, cgroups, images, instance, memory, boots })
+        let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
+        let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
+        Ok(Self { config, network, disks, cgroups, images, instance, memory, boots, objects, uploads })
     }
 
     /// The directory of all capsules' directories.
     pub fn capsules(&self) -> PathBuf {
         self.disks.root().join(CAPSULES)
+    }
+
+    /// The directory with a file for each capsule that the object store is still to forget.
+    pub fn forgotten(&self) -> PathBuf {
+        self.disks.root().join(FORGOTTEN)
+    }
+
+    /// The imported image of that file name; whether it is there is not said.
+    pub fn image_file(&self, name: &str) -> PathBuf {
+        self.disks.root().join("images").join(name)
     }
 
     /// The directory of the templates that came of capsules.

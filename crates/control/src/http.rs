@@ -53,6 +53,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::get, capsules::destroy))
         .routes(routes!(capsules::ping))
         .routes(routes!(capsules::pause))
+        .routes(routes!(capsules::hibernate))
         .routes(routes!(capsules::resume))
         .routes(routes!(capsules::fork))
         .routes(routes!(traffic::restrict, traffic::open))

@@ -7,6 +7,7 @@ pub mod exec;
 pub mod files;
 pub mod fork;
 pub mod guest;
+pub mod hibernate;
 pub mod metrics;
 pub mod pause;
 pub mod process;

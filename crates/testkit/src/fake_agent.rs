@@ -44,6 +44,8 @@ pub struct FakeAgent {
 pub(crate) struct Inner {
     capsules: Mutex<BTreeMap<String, Entry>>,
     templates: Mutex<BTreeMap<String, Template>>,
+    /// The object store: what hibernates.
+    stored: Mutex<BTreeMap<String, Entry>>,
     /// Whether what is under way may go on past STARTING, PAUSING and RESUMING.
     open: watch::Sender<bool>,
     /// What the next creates answer instead of working.
@@ -74,6 +76,7 @@ impl FakeAgent {
         let inner = Arc::new(Inner {
             capsules: Mutex::default(),
             templates: Mutex::default(),
+            stored: Mutex::default(),
             open: watch::Sender::new(true),
             failure: Mutex::default(),
             change_failure: Mutex::default(),
@@ -148,6 +151,16 @@ impl FakeAgent {
         self.inner.templates.lock().expect("no panics under this lock").keys().cloned().collect()
     }
 
+    /// The host has put what is paused into the object store too.
+    pub fn upload(&self, id: CapsuleId) {
+        life::upload(&self.inner, &id.to_string());
+    }
+
+    /// The capsules that the object store has.
+    pub fn stored(&self) -> Vec<String> {
+        self.inner.stored.lock().expect("no panics under this lock").keys().cloned().collect()
+    }
+
     /// The capsule ends by itself.
     pub fn end(&self, id: CapsuleId, state: CapsuleState, reason: &str) {
         self.inner.change(&id.to_string(), state, reason);
@@ -167,7 +180,12 @@ impl FakeAgent {
     /// The ids of capsules that hold anything: every one that has not ended.
     pub fn alive(&self) -> Vec<String> {
         let alive = |state: &CapsuleState| {
-            !matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
+            !matches!(
+                state,
+                CapsuleState::CAPSULE_STATE_STOPPED
+                    | CapsuleState::CAPSULE_STATE_FAILED
+                    | CapsuleState::CAPSULE_STATE_HIBERNATED
+            )
         };
         let capsules = self.inner.capsules();
         capsules
@@ -256,7 +274,8 @@ impl Inner {
             entry.capsule.state = state.into();
             entry.capsule.generation += 1;
             entry.capsule.reason = reason.into();
-            if matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED) {
+            entry.capsule.uploaded = false;
+            if life::ended(&entry.capsule) {
                 entry.guest = None;
             }
         }

@@ -31,6 +31,15 @@ pub struct AgentCommand {
     /// The VMM to use in place of the one that fits this machine.
     #[arg(long, env = "WRENN_VMM")]
     vmm: Option<PathBuf>,
+    /// Where what is paused goes too, so that any host can resume it: s3://bucket/prefix (with the usual AWS_* variables)
+    /// or file:///path. Without it nothing is uploaded.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
+    objects: Option<::objects::Config>,
+}
+
+/// An object store's address, with what the environment says to it.
+pub fn objects(address: &str) -> Result<::objects::Config, ::objects::Error> {
+    ::objects::Config::parse(address, std::env::vars())
 }
 
 impl AgentCommand {
@@ -45,7 +54,7 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images)?;
+        let config = config(dir, choice.binary, images, self.objects)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -65,7 +74,12 @@ impl AgentCommand {
 }
 
 /// How an agent is set up whose VMM and images were found. This same program serves the memory of resumed capsules.
-pub fn config(dir: PathBuf, vmm: PathBuf, images: Images) -> Result<::agent::Config> {
+pub fn config(
+    dir: PathBuf,
+    vmm: PathBuf,
+    images: Images,
+    objects: Option<::objects::Config>,
+) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(::agent::Config {
         dir,
@@ -73,6 +87,7 @@ pub fn config(dir: PathBuf, vmm: PathBuf, images: Images) -> Result<::agent::Con
         kernel: images.kernel,
         templates: images.templates,
         pager: (program, vec!["pager".into()]),
+        objects,
         boot_snapshots: Some(::agent::Sizes {
             vcpus: limits::DEFAULT_VCPUS,
             memory_mib: limits::DEFAULT_MEMORY_MB,

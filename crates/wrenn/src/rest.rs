@@ -127,6 +127,10 @@ impl Client {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/pause")).timeout(CALL_LIMIT)).await
     }
 
+    pub async fn hibernate(&self, id: CapsuleId) -> Result<Capsule> {
+        self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/hibernate")).timeout(CALL_LIMIT)).await
+    }
+
     pub async fn resume(&self, id: CapsuleId) -> Result<Capsule> {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/resume")).timeout(CALL_LIMIT)).await
     }

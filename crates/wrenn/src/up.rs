@@ -33,6 +33,10 @@ pub struct Up {
     /// The VMM to use in place of the one that fits this machine.
     #[arg(long, env = "WRENN_VMM")]
     vmm: Option<PathBuf>,
+    /// Where what is paused goes too, so that any host can resume it: s3://bucket/prefix (with the usual AWS_* variables)
+    /// or file:///path. Without it nothing is uploaded.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
+    objects: Option<::objects::Config>,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -66,7 +70,7 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(dir.clone(), choice.binary, images)?;
+        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;

@@ -5,4 +5,5 @@ mod endurance;
 mod killed;
 mod pause;
 mod points;
+mod remote;
 mod start;

@@ -142,12 +142,14 @@ fn desired_of(word: &str) -> Option<Desired> {
     [Desired::Running, Desired::Paused, Desired::Stopped].into_iter().find(|&desired| desired_word(desired) == word)
 }
 
-const OBSERVED: [Observed; 10] = [
+const OBSERVED: [Observed; 12] = [
     Observed::Unreported,
     Observed::Starting,
     Observed::Running,
     Observed::Pausing,
     Observed::Paused,
+    Observed::Uploaded,
+    Observed::Hibernated,
     Observed::Resuming,
     Observed::Stopping,
     Observed::Missing,
@@ -162,6 +164,8 @@ fn observed_word(observed: Observed) -> &'static str {
         Observed::Running => "running",
         Observed::Pausing => "pausing",
         Observed::Paused => "paused",
+        Observed::Uploaded => "uploaded",
+        Observed::Hibernated => "hibernated",
         Observed::Resuming => "resuming",
         Observed::Stopping => "stopping",
         Observed::Missing => "missing",

@@ -9,6 +9,7 @@ mod events;
 mod exec;
 mod files;
 mod fork;
+mod hibernate;
 mod pause;
 mod pty;
 mod reconcile;
