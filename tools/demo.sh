@@ -42,7 +42,7 @@ say "4. A web page from inside, under a host name of its own."
 url=$("$wrenn" capsule url "$id" 8000)
 host=${url#http://}
 echo "   $url"
-run curl -sS --retry 20 --retry-all-errors --retry-delay 1 --resolve "$host:127.0.0.1" --fail "$url/"
+run curl -s --retry 20 --retry-all-errors --retry-delay 1 --resolve "$host:127.0.0.1" --fail "$url/"
 
 say "5. It is put on disk with its memory, and goes on where it was."
 # A program that counts, with a secret that is nowhere but in its memory.

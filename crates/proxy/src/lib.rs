@@ -52,6 +52,9 @@ const IDLE: Duration = Duration::from_secs(50);
 const STRANGERS_IDLE: Duration = Duration::from_secs(4);
 /// Headers of a request or an answer.
 const HEADERS: usize = 256;
+/// Bytes of one connection that are read and not yet passed on, and most of a head. What one connection may do at a time is as
+/// long as others wait.
+const BUFFER: usize = 128 << 10;
 /// How often a request is sent anew that an idle connection had no answer to.
 const AGAIN: usize = 3;
 
@@ -104,6 +107,7 @@ impl Upstream {
             .pool_idle_timeout(idle)
             .pool_timer(TokioTimer::new())
             .http1_max_headers(HEADERS)
+            .http1_max_buf_size(BUFFER)
             .build(Dial(target.clone()));
         Self { target, client }
     }

@@ -29,7 +29,7 @@ use tokio::time::{Instant, Sleep};
 use tower::{Service, ServiceExt};
 
 use crate::dial::{Io, keep_alive};
-use crate::{BodyError, HEADERS};
+use crate::{BUFFER, BodyError, HEADERS};
 
 /// How long the head of a request may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
@@ -118,6 +118,7 @@ where
     let serving = http1::Builder::new()
         .header_read_timeout(None)
         .max_headers(HEADERS)
+        .max_buf_size(BUFFER)
         .serve_connection(stream, service)
         .with_upgrades();
     let mut serving = pin!(serving);
