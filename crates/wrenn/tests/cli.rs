@@ -36,6 +36,42 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[test]
+fn doctor_tells_what_is_stored_and_fails_for_what_should_not_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = |path: &Path| run(&["doctor", "--storage", "--json", "--dir", path.to_str().unwrap()]);
+    let lost = told(&dir.path().join("none"));
+    assert_eq!((lost.status.code(), text(&lost.stdout)), (Some(1), ""));
+    assert!(text(&lost.stderr).contains("none"));
+
+    for name in ["generations", "capsules", "templates"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    for name in ["lock", "wrenn.db", "generations/0123456789abcdef0123456789abcdef"] {
+        std::fs::write(dir.path().join(name), "x").unwrap();
+    }
+    let clean = told(dir.path());
+    let report: Value = serde_json::from_slice(&clean.stdout).unwrap();
+    assert_eq!((clean.status.code(), &report["clean"]), (Some(0), &json!(true)));
+    assert_eq!(report["findings"][0]["verdict"], "garbage");
+    assert_eq!(report["used"]["other"]["count"], 2);
+    assert!(dir.path().join("generations/0123456789abcdef0123456789abcdef").exists());
+
+    // Also while it is in use.
+    let lock = std::fs::File::open(dir.path().join("lock")).unwrap();
+    lock.try_lock().unwrap();
+    let foreign = dir.path().join("templates/mine");
+    std::fs::write(&foreign, "").unwrap();
+    let bad = told(dir.path());
+    let report: Value = serde_json::from_slice(&bad.stdout).unwrap();
+    assert_eq!((bad.status.code(), &report["clean"]), (Some(1), &json!(false)));
+    let findings = report["findings"].as_array().unwrap();
+    let found = findings.iter().find(|finding| finding["verdict"] == "foreign").unwrap();
+    assert_eq!(found["path"], foreign.canonicalize().unwrap().to_str().unwrap());
+    let plain = run(&["doctor", "--storage", "--dir", dir.path().to_str().unwrap()]);
+    assert!(text(&plain.stdout).contains(foreign.to_str().unwrap()) && text(&plain.stdout).contains("garbage"));
+}
+
+#[test]
 fn doctor_reports_on_this_machine() {
     let output = run(&["doctor", "--json"]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();

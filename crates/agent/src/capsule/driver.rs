@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use vmm::cgroup::Cgroup;
-use vmm::process::Process;
+use vmm::process::{Exit, Process};
 
 use super::record::{Base, Journal, Phase, Record};
 use super::release::{release, stop};
@@ -297,8 +297,9 @@ impl Driver {
             debug!(capsule = %id, open = self.traffic.open(), "pausing with open exchanges");
         }
         let watch = Watch::over(&self.host, &self.journal, &running);
-        if let Err(failed) = watch.during(save::pause(&self.host, &mut self.journal, &running)).await {
-            let why = crate::chain(&failed);
+        let (saved, lost) = watch.during(save::pause(&self.host, &mut self.journal, &running)).await;
+        if let Err(failed) = saved {
+            let why = why(&failed, lost);
             warn!(capsule = %id, error = why, "the pause failed");
             if !failed.goes_on {
                 let _ = done.send(Err(Refused::Save(failed)));
@@ -400,7 +401,7 @@ impl Driver {
             return Some(Life::Running(running));
         }
         let watch = Watch::over(&self.host, &self.journal, &running);
-        let captured = watch.during(save::capture(&self.host, &mut self.journal, &running, dest)).await;
+        let (captured, lost) = watch.during(save::capture(&self.host, &mut self.journal, &running, dest)).await;
         match captured {
             Ok(digest) => {
                 let _ = done.send(Ok((digest, self.journal.record().clone())));
@@ -409,7 +410,7 @@ impl Driver {
                 Some(Life::Running(running))
             }
             Err(failed) => {
-                let (why, goes_on) = (crate::chain(&failed), failed.goes_on);
+                let (why, goes_on) = (why(&failed, lost), failed.goes_on);
                 warn!(capsule = %self.journal.record().spec.id, error = why, "a snapshot failed");
                 let _ = done.send(Err(Refused::Save(failed)));
                 if goes_on {
@@ -536,21 +537,31 @@ impl<'a> Watch<'a> {
         Self { pager: running.pager.as_ref(), dir, cgroup }
     }
 
-    async fn during<T>(self, save: impl Future<Output = T>) -> T {
+    /// What came of the save, and how the pager ended if it did.
+    async fn during<T>(self, save: impl Future<Output = T>) -> (T, Option<Exit>) {
         tokio::pin!(save);
-        tokio::select! {
+        let lost = tokio::select! {
             biased;
-            saved = &mut save => return saved,
-            _ = pager_lost(self.pager, &self.dir) => {}
-        }
+            saved = &mut save => return (saved, None),
+            exit = pager_lost(self.pager, &self.dir) => Some(exit),
+        };
         // What has come may be all that is to be saved.
         if let Ok(saved) = tokio::time::timeout(UNPAGED, &mut save).await {
-            return saved;
+            return (saved, lost);
         }
         if let Err(error) = self.cgroup.kill().await {
             error!(dir = %self.dir.display(), error = crate::chain(&error), "ending a VMM that has lost its memory");
         }
-        save.await
+        (save.await, lost)
+    }
+}
+
+/// Why a save failed, of a guest whose pager ended like that.
+fn why(failed: &save::Failed, lost: Option<Exit>) -> String {
+    let why = crate::chain(failed);
+    match lost {
+        Some(exit) => format!("the process that serves its memory ended by itself ({exit}), and so {why}"),
+        None => why,
     }
 }
 

@@ -226,9 +226,14 @@ impl Host {
 
     /// Kills a process that the capsule's record names.
     pub fn kill(&self, id: CapsuleId, process: &str) {
+        self.signal(id, process, rustix::process::Signal::KILL);
+    }
+
+    /// Sends a signal to a process that the capsule's record names.
+    pub fn signal(&self, id: CapsuleId, process: &str, signal: rustix::process::Signal) {
         let pid = self.record(id)[process]["pid"].as_i64().unwrap_or_else(|| panic!("it has no {process}"));
         let pid = Pid::from_raw(pid as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     }
 
     /// How many processes run in the control groups of this agent's capsules.

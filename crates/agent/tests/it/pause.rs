@@ -6,6 +6,7 @@ use crate::common::{Host, spec};
 use agent_api::{CapsuleState, TouchCapsuleRequest};
 use api::CapsuleId;
 use connectrpc::ErrorCode;
+use rustix::process::Signal;
 
 /// A program that keeps a secret in its memory and tells it to whoever asks by a file.
 pub const KEEPER: &str = "mkdir -p /tmp/k; cat > /tmp/k/run <<'X'\n\
@@ -234,5 +235,84 @@ async fn an_agent_that_ends_leaves_paused_capsules_paused_and_running_ones_runni
         host.resume(id).await.unwrap();
         assert_eq!(host.sh(id, ASK).await, secret);
     }
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_pager_that_dies_under_a_pause_ends_the_capsule_with_a_reason() {
+    let host = Host::open(|_| {}).await;
+    for attempt in 0.. {
+        let id = created(&host).await;
+        host.sh(id, "head -c 96M /dev/urandom > /dev/shm/m").await;
+        host.pause(id).await.unwrap();
+        host.resume(id).await.unwrap();
+        host.signal(id, "pager", Signal::STOP);
+        let log = fs::read_to_string(host.capsule(id).join("pager.log")).unwrap();
+        if log.contains("whole") {
+            // It was faster, and nothing can be missing any more.
+            assert!(attempt < 10, "it always is");
+            host.destroy(id).await;
+            continue;
+        }
+        let (paused, ()) = tokio::join!(host.pause(id), async {
+            while host.listed(id).await.state != CapsuleState::Pausing {}
+            host.signal(id, "pager", Signal::KILL);
+        });
+        match paused {
+            // All that had to be saved had come.
+            Ok(paused) => assert_eq!(paused.state, CapsuleState::Paused),
+            Err(_) => {
+                while host.listed(id).await.state != CapsuleState::Failed {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+                let reason = host.listed(id).await.reason;
+                assert!(reason.contains("serves its memory"), "{reason}");
+            }
+        }
+        host.destroy(id).await;
+        break;
+    }
+    assert_eq!((host.holds(), host.processes()), (0, 0));
+    host.until_generations(0).await;
+    host.close().await;
+}
+
+/// What a pause of a capsule of that much memory in MiB writes after the guest has written 32 MiB: bytes of the new
+/// generation, the header and the VMM's state.
+async fn written_by_a_pause(host: &Host, memory_mib: u32) -> u64 {
+    let id = CapsuleId::random();
+    host.create(agent_api::CapsuleSpec { memory_mib, ..spec(id) }).await.unwrap();
+    // Its pages are there already, so that what is written next is what is written, and no bookkeeping.
+    host.sh(id, "head -c 32M /dev/urandom > /dev/shm/m").await;
+    host.pause(id).await.unwrap();
+    host.resume(id).await.unwrap();
+    let before = files(&host.root().join("generations"));
+    host.sh(id, "dd if=/dev/urandom of=/dev/shm/m bs=1M count=32 conv=notrunc 2> /dev/null").await;
+    host.pause(id).await.unwrap();
+    let is_new = |name: &&(String, u64)| !before.iter().any(|(other, _)| *other == name.0);
+    let generations = files(&host.root().join("generations"));
+    let (new, of_capsule) = (generations.iter().filter(is_new), files(&host.capsule(id)));
+    let parts = of_capsule.iter().filter(|(name, _)| name.starts_with("memory-") || name.starts_with("state-"));
+    let bytes = new.chain(parts).map(|(_, bytes)| bytes).sum();
+    host.destroy(id).await;
+    bytes
+}
+
+/// Names and lengths of the files in a directory.
+fn files(dir: &std::path::Path) -> Vec<(String, u64)> {
+    let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len())).collect()
+}
+
+#[tokio::test]
+async fn a_pause_writes_what_was_written_and_little_more_whatever_the_size_of_the_memory() {
+    const DIRTY: u64 = 32 << 20;
+    let host = Host::open(|_| {}).await;
+    let half = written_by_a_pause(&host, 512).await;
+    let whole = written_by_a_pause(&host, 1024).await;
+    for bytes in [half, whole] {
+        assert!((DIRTY..=DIRTY / 4 * 5).contains(&bytes), "{bytes} bytes for {DIRTY}");
+    }
+    assert!(half.abs_diff(whole) < DIRTY / 16, "{half} bytes of 512 MiB, {whole} of 1024");
     host.close().await;
 }
