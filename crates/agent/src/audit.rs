@@ -18,7 +18,7 @@ use disk::{Disks, ImageName};
 use serde::Serialize;
 use snapshot::{Header, Id, Snapshot, TEMPORARY};
 
-use crate::host::{BOOTS, CAPSULES, PASSING, TEMPLATES, blocking};
+use crate::host::{BOOTS, CAPSULES, FORGOTTEN, PASSING, TEMPLATES, blocking};
 
 /// Beside an agent that works, things are seen half-done. What is wrong is wrong when it is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
@@ -188,7 +188,7 @@ impl Walk {
 
     /// The data directory, and that of the disks where it is another.
     fn top(&mut self, dir: &Path, beside: &BTreeSet<String>) -> Result<(), Error> {
-        let ours = [CAPSULES, TEMPLATES, PASSING, BOOTS, IMAGES, GENERATIONS];
+        let ours = [CAPSULES, TEMPLATES, PASSING, BOOTS, FORGOTTEN, IMAGES, GENERATIONS];
         let root = self.root.clone();
         for path in entries(dir)?.into_iter().chain(if root == dir { Vec::new() } else { entries(&root)? }) {
             let name = name(&path);

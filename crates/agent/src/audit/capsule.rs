@@ -52,7 +52,10 @@ impl Walk {
         };
         self.disk(&dir.join(files::DISK))?;
         if let Some(Saved { number, state }) = saved {
-            self.header(&dir.join(files::memory(*number)))?;
+            // What is still coming is checked as it comes, and has its own copies of what it refers to.
+            if !record.is_remote {
+                self.header(&dir.join(files::memory(*number)))?;
+            }
             self.state(&dir.join(files::state(*number)), state)?;
         }
         for path in entries(dir)? {
@@ -113,7 +116,7 @@ fn part(name: &str) -> Part {
     if name == files::DISK {
         return Part::Seen;
     }
-    if name == RECORD || PASSING.contains(&name) {
+    if name == RECORD || name == files::REMOTE || PASSING.contains(&name) {
         return Part::Own;
     }
     if name.strip_suffix(".new") == Some(RECORD) {
