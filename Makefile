@@ -15,7 +15,7 @@ export WRENN_CACHE := $(CACHE)
 
 ## Debian packages that building and running need.
 setup:
-	tools/setup.sh
+	tools/setup.sh $(PEER)
 
 ## The guest agent: one static file.
 envd: setup
@@ -37,6 +37,7 @@ demo: build
 
 ## Everything, against real parts. NAME=... runs the tests whose names contain it.
 test: images
+	tools/setup.sh chromium
 	cargo build --workspace --bins --lib
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)
@@ -53,9 +54,12 @@ dev: images
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	$(TARGET)/debug/wrenn up --dir $(CACHE)/dev
 
+# What ours is measured beside.
+bench-guest-path: PEER = openssh-server
+bench-snapshot-store: PEER = qemu-utils zstd
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 
-## One parser against ten minutes of made-up input: api, guest, pager or snapshot.
+## One parser against ten minutes of made-up input: api, files, guest, pager or snapshot.
 fuzz-%:
 	tools/fuzz.sh $*

@@ -169,12 +169,17 @@ impl Api {
         answer
     }
 
-    /// The bytes of a file in a capsule.
-    pub async fn read(&self, id: &str, path: &str) -> Vec<u8> {
+    /// Begins to read a file in a capsule.
+    pub async fn download(&self, id: &str, path: &str) -> reqwest::Response {
         let request = self.http.post(format!("{}/v1/capsules/{id}/files/stream/read", self.url));
         let response = request.header("X-API-Key", &self.key).json(&json!({"path": path})).send().await.unwrap();
         assert_eq!(response.status(), 200);
-        response.bytes().await.unwrap().to_vec()
+        response
+    }
+
+    /// The bytes of a file in a capsule.
+    pub async fn read(&self, id: &str, path: &str) -> Vec<u8> {
+        self.download(id, path).await.bytes().await.unwrap().to_vec()
     }
 
     /// Runs a command that must succeed; its standard output without the last newline.

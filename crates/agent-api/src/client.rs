@@ -30,7 +30,8 @@ pub type GuestProcesses = ProcessClient<Transport>;
 /// The files of one capsule, but for what is in them.
 pub type GuestFiles = FilesystemClient<Transport>;
 
-/// The header in which an agent says that an answer under `/guest/` is its own and did not come from a guest.
+/// The header in which an agent says that an answer under `/guest/`, `/proxy/` or `/tcp/` is its own and did not come from a
+/// guest.
 pub const REFUSAL_HEADER: &str = "x-wrenn-refusal";
 
 /// An agent that does not take a connection for this long is not there.

@@ -5,6 +5,7 @@
 
 mod client;
 mod endpoint;
+pub mod port;
 
 /// Messages, client and service trait, generated from `proto/hostagent/v1/host_agent.proto`.
 #[allow(missing_docs, clippy::all, dead_code)]

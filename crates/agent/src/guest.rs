@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::CapsuleState;
@@ -20,7 +21,8 @@ use tokio::net::TcpStream;
 use tracing::warn;
 
 use crate::Agent;
-use crate::capsule::Cut;
+use crate::capsule::{Cut, Observed, Open};
+use crate::ports::Ports;
 
 /// The header in which envd wants its token. Whatever a caller sends in it is replaced.
 const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
@@ -69,11 +71,13 @@ pub struct Restoring<'a> {
     pub token: &'a str,
 }
 
-/// One guest's envd, its token, and the connections to it.
+/// One guest's envd, its token, and the connections to it and to its other ports.
 pub struct Guest {
     address: SocketAddr,
     upstream: Upstream,
     token: String,
+    /// What users' programs listen on.
+    pub ports: Ports,
 }
 
 impl std::fmt::Debug for Guest {
@@ -86,7 +90,7 @@ impl Guest {
     /// The envd behind `host_ip`; nothing is dialled yet.
     pub fn new(host_ip: Ipv4Addr, token: String) -> Self {
         let address = SocketAddr::from((host_ip, PORT));
-        Self { address, upstream: Upstream::new(address), token }
+        Self { address, upstream: Upstream::new(address), token, ports: Ports::new(host_ip) }
     }
 
     /// What envd demands of every request.
@@ -203,23 +207,16 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
     };
-    let Some(capsule) = id.parse().ok().and_then(|id| agent.capsule(id)) else {
-        return refusal(StatusCode::NOT_FOUND, "not_found", format!("no capsule `{id}` on this host"));
-    };
-    let (guest, open) = loop {
-        let settled = capsule.settled().await;
-        // Counted first: who closes the gate and then counts has seen either this, or that it was turned away.
-        let open = capsule.traffic.enter();
-        match capsule.observed().guest {
-            Some(guest) => break (guest, open),
-            None if settled.state == CapsuleState::Paused => {
-                return refusal(StatusCode::CONFLICT, "failed_precondition", format!("capsule {id} is paused"));
-            }
-            None if settled.has_ended() => {
-                let reason = settled.reason;
-                return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {reason}"));
-            }
-            None => {}
+    let (guest, open) = match admit(&agent, &id).await {
+        Ok(admitted) => admitted,
+        Err(Shut::Unknown) => {
+            return refusal(StatusCode::NOT_FOUND, "not_found", format!("no capsule `{id}` on this host"));
+        }
+        Err(Shut::Paused) => {
+            return refusal(StatusCode::CONFLICT, "failed_precondition", format!("capsule {id} is paused"));
+        }
+        Err(Shut::Ended(Observed { reason, .. })) => {
+            return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {reason}"));
         }
     };
     *request.uri_mut() = Uri::from(path);
@@ -232,6 +229,33 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
             Err(error) => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", crate::chain(&error)),
         },
         () = open.cut() => refusal(StatusCode::SERVICE_UNAVAILABLE, "unavailable", Cut.to_string()),
+    }
+}
+
+/// Why nothing goes into a guest.
+pub enum Shut {
+    /// There is no such capsule here.
+    Unknown,
+    /// It is paused.
+    Paused,
+    /// It was here.
+    Ended(Observed),
+}
+
+/// The gate through which all traffic goes into a guest: waits while the capsule starts, pauses or resumes, and counts the
+/// exchange that begins.
+pub async fn admit(agent: &Agent, id: &str) -> Result<(Arc<Guest>, Open), Shut> {
+    let capsule = id.parse().ok().and_then(|id| agent.capsule(id)).ok_or(Shut::Unknown)?;
+    loop {
+        let settled = capsule.settled().await;
+        // Counted first: who closes the gate and then counts has seen either this, or that it was turned away.
+        let open = capsule.traffic.enter();
+        match capsule.observed().guest {
+            Some(guest) => return Ok((guest, open)),
+            None if settled.state == CapsuleState::Paused => return Err(Shut::Paused),
+            None if settled.has_ended() => return Err(Shut::Ended(settled)),
+            None => {}
+        }
     }
 }
 

@@ -8,22 +8,31 @@ use api::CapsuleId;
 use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
+use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
+use tokio::sync::Semaphore;
 use tracing::{debug, info, warn};
 use vmm::cgroup::Cgroup;
 
 use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
+use crate::capsule::record::Journal;
+use crate::point::Meta;
 
 pub(crate) const CAPSULES: &str = "capsules";
 pub(crate) const TEMPLATES: &str = "templates";
 /// Points of forks, and guests that only exist to be boot snapshots.
 pub(crate) const PASSING: &str = "passing";
 pub(crate) const BOOTS: &str = "boots";
+/// Has a file for each capsule that the object store is still to forget.
+pub(crate) const FORGOTTEN: &str = "forgotten";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
+
+/// Each sends several chunks at the same time.
+const UPLOADS_AT_ONCE: usize = 2;
 
 /// How an agent is set up. Complete before anything is opened.
 #[derive(Debug, Clone)]
@@ -38,6 +47,8 @@ pub struct Config {
     pub templates: BTreeMap<String, PathBuf>,
     /// The program that serves the memory of resumed guests, with the words before its options: `wrenn pager`.
     pub pager: (PathBuf, Vec<String>),
+    /// Where what is paused goes too, so that other hosts can resume it.
+    pub objects: Option<objects::Config>,
     /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
     /// boot snapshots and uses none.
     pub boot_snapshots: Option<Sizes>,
@@ -70,6 +81,10 @@ pub struct Host {
     pub memory: Store,
     /// What is begun from in place of booting an image.
     pub boots: Boots,
+    /// Where what is paused goes too.
+    pub objects: Option<Objects>,
+    /// One for each upload that may be under way.
+    pub uploads: Semaphore,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
     pub instance: String,
 }
@@ -98,6 +113,9 @@ pub enum Error {
     /// The memory of what was saved.
     #[error("opening the store of saved memory")]
     Memory(#[source] snapshot::Error),
+    /// The object store.
+    #[error("opening the object store")]
+    Objects(#[source] objects::Error),
 }
 
 /// Giving back what capsules shared.
@@ -133,11 +151,16 @@ impl Host {
             let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
-        collect_images(&disks.images(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
+        // What an object store has may be over any image that was ever here.
+        if config.objects.is_none() {
+            collect_images(disks.root(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
+        }
         for dir in DIRS {
             let dir = disks.root().join(dir);
             std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
         }
+        let forgotten = disks.root().join(FORGOTTEN);
+        std::fs::create_dir_all(&forgotten).map_err(|source| Error::Dir(forgotten, source))?;
         let (memory, broken) = Store::open(disks.root(), headers(disks.root())).map_err(Error::Memory)?;
         // What is named only by what an unfinished write left was never there.
         for header in broken.into_iter().filter(|header| header.path.exists()) {
@@ -145,12 +168,24 @@ impl Host {
         }
         let boots = Boots::open(&config, &images, disks.root(), &memory)
             .map_err(|source| Error::Dir(disks.root().join(BOOTS), source))?;
-        Ok(Self { config, network: Arc::new(network), disks, cgroups, images, instance, memory, boots })
+        let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
+        let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
+        Ok(Self { config, network, disks, cgroups, images, instance, memory, boots, objects, uploads })
     }
 
     /// The directory of all capsules' directories.
     pub fn capsules(&self) -> PathBuf {
         self.disks.root().join(CAPSULES)
+    }
+
+    /// The directory with a file for each capsule that the object store is still to forget.
+    pub fn forgotten(&self) -> PathBuf {
+        self.disks.root().join(FORGOTTEN)
+    }
+
+    /// The imported image of that file name; whether it is there is not said.
+    pub fn image_file(&self, name: &str) -> PathBuf {
+        self.disks.root().join("images").join(name)
     }
 
     /// The directory of the templates that came of capsules.
@@ -261,12 +296,20 @@ pub fn collect(memory: &Store) {
     }
 }
 
-/// Removes the images of earlier runs that no template names any more. Disks that came of them do not need them.
-fn collect_images(dir: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
+/// Removes the images of earlier runs that no template, capsule or point names any more. Disks that came of them do not need
+/// them, but uploads of those do.
+fn collect_images(root: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
+    let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
+    let image = |entry: std::fs::DirEntry| match Journal::open(entry.path()) {
+        Some(journal) => journal.record().image.clone(),
+        None => Meta::read(&entry.path())?.image,
+    };
+    let under_disks: HashSet<String> = dirs.filter_map(image).collect();
+    for entry in std::fs::read_dir(root.join(audit::IMAGES))? {
         let path = entry?.path();
-        let is_image = path.file_name().and_then(|name| name.to_str()).and_then(audit::image_name).is_some();
-        if is_image && !named.values().any(|image| *image == path) {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let is_needed = under_disks.contains(name) || named.values().any(|image| *image == path);
+        if audit::image_name(name).is_some() && !is_needed {
             std::fs::remove_file(&path)?;
             info!(image = %path.display(), "removed an image that no template names");
         }

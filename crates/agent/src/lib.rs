@@ -1,7 +1,7 @@
 //! The host agent: makes capsules on one machine and keeps them, whatever happens to the agent itself.
 //!
 //! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
-//! same listener ([`guest`]); behind both, one driver task owns each capsule ([`capsule`]).
+//! same listener ([`guest`] for envd, [`ports`] for what users run); behind both, one driver task owns each capsule ([`capsule`]).
 
 pub mod audit;
 mod boot;
@@ -10,6 +10,7 @@ mod fork;
 pub mod guest;
 pub mod host;
 pub mod point;
+pub mod ports;
 mod rpc;
 mod templates;
 
@@ -25,10 +26,11 @@ use axum::Router;
 use axum::routing::any;
 use futures::StreamExt;
 use futures::future::join_all;
+use tracing::{info, warn};
 
 use boot::Boots;
 use capsule::recover::{self, recover};
-use capsule::{Handle, Spec, driver, record::Journal};
+use capsule::{Handle, Spec, driver, record::Journal, remote};
 use host::Host;
 pub use host::{Config, Sizes};
 use templates::Templates;
@@ -37,6 +39,12 @@ use templates::Templates;
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How many of those at most; the oldest go first.
 const REMEMBER_MOST: usize = 1000;
+/// How often garbage is removed from the object store.
+const SWEEP: Duration = Duration::from_secs(6 * 3600);
+/// What was garbage for less may still be read by who has begun to.
+const SWEEP_GRACE: Duration = Duration::from_secs(3600);
+/// How long that waits for uploads.
+const SWEEP_PATIENCE: Duration = Duration::from_secs(60);
 /// How many capsules are paused at the same time when all are.
 const PAUSES_AT_ONCE: usize = 4;
 
@@ -81,7 +89,9 @@ impl Agent {
         if let Some(sizes) = host.config.boot_snapshots {
             host.images.keys().for_each(|image| Boots::want(&host, image, sizes));
         }
-        Ok(Self { host, capsules: Arc::new(Mutex::new(entries)), templates: Arc::new(templates) })
+        let agent = Self { host, capsules: Arc::new(Mutex::new(entries)), templates: Arc::new(templates) };
+        agent.upload_templates();
+        Ok(agent)
     }
 
     /// Where an agent that shares its process with the control plane listens: short, whatever the data directory is.
@@ -93,6 +103,8 @@ impl Agent {
     pub fn router(&self) -> Router {
         Router::new()
             .route("/guest/{*path}", any(guest::forward))
+            .route("/proxy/{*path}", any(ports::forward))
+            .route("/tcp/{capsule}/{port}", any(ports::tcp))
             .with_state(self.clone())
             .merge(rpc::router(self.clone()))
     }
@@ -115,6 +127,42 @@ impl Agent {
         Ok(handle)
     }
 
+    /// Takes a capsule that is not here from the object store. It is paused then. The work goes on if the caller leaves.
+    pub(crate) async fn adopt(&self, id: CapsuleId, generation: u64) -> Result<Handle, remote::Error> {
+        // This host may remember one that ended here.
+        let generation = generation.max(self.capsule(id).map_or(0, |ended| ended.observed().generation));
+        let agent = self.clone();
+        let adopted = tokio::spawn(async move {
+            let journal = remote::adopt(&agent.host, id, generation).await?;
+            let handle = driver::spawn_paused(agent.host.clone(), journal);
+            agent.lock().insert(id, Entry { handle: handle.clone(), ended: None });
+            Ok(handle)
+        });
+        adopted.await.expect("the work does not panic, and nobody aborts it")
+    }
+
+    /// Has the object store forget an upload; later if it is out of reach, which is written down.
+    pub(crate) async fn forget_upload(&self, name: &str) -> io::Result<()> {
+        if self.host.objects.is_some() {
+            std::fs::write(self.host.forgotten().join(name.replace('/', "@")), b"")?;
+            self.forget_uploads().await;
+        }
+        Ok(())
+    }
+
+    /// Has the object store forget what it still has to.
+    async fn forget_uploads(&self) {
+        let Some(objects) = &self.host.objects else { return };
+        for entry in std::fs::read_dir(self.host.forgotten()).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().replace('@', "/");
+            match objects.forget(&name).await {
+                // There is none of a name that none can have.
+                Ok(()) | Err(objects::Error::Name(_)) => drop(std::fs::remove_file(entry.path())),
+                Err(error) => warn!(name, error = chain(&error), "the object store forgets it later"),
+            }
+        }
+    }
+
     fn has_image(&self, name: &str) -> bool {
         self.host.images.contains_key(name)
     }
@@ -135,13 +183,30 @@ impl Agent {
     /// Forgets capsules that ended long ago, until `shutdown`.
     pub async fn forget_ended(self, shutdown: impl Future<Output = ()>) {
         let mut tick = tokio::time::interval(Duration::from_secs(30));
+        let mut sweep = tokio::time::interval_at(tokio::time::Instant::now() + SWEEP, SWEEP);
         tokio::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => return,
-                _ = tick.tick() => self.forget(Instant::now()),
+                _ = sweep.tick() => self.sweep(),
+                _ = tick.tick() => {
+                    self.forget(Instant::now());
+                    self.forget_uploads().await;
+                }
             }
         }
+    }
+
+    /// Has what nobody needs in the object store removed, beside everything else.
+    fn sweep(&self) {
+        let Some(objects) = self.host.objects.clone() else { return };
+        tokio::spawn(async move {
+            match objects.collect(SWEEP_GRACE, SWEEP_PATIENCE).await {
+                Ok(count) if count.objects > 0 => info!(?count, "removed from the object store"),
+                Ok(_) => {}
+                Err(error) => warn!(error = chain(&error), "garbage stays in the object store for now"),
+            }
+        });
     }
 
     fn forget(&self, now: Instant) {
@@ -183,6 +248,7 @@ impl Agent {
     /// they are, for the next to take over. An agent that merely stops needs none of this.
     pub async fn close(self) -> Result<(), Error> {
         self.host.boots.stop().await;
+        self.templates.stop().await;
         let handles: Vec<Handle> = self.lock().drain().map(|(_, entry)| entry.handle).collect();
         join_all(handles.into_iter().map(Handle::leave)).await;
         let Self { host, templates, .. } = self;

@@ -42,6 +42,9 @@ pub struct Meta {
     pub state: String,
     /// Milliseconds since 1970.
     pub created_unix_ms: i64,
+    /// The file name of the image under its disk, whose name says its content.
+    #[serde(default)]
+    pub image: Option<String>,
 }
 
 impl Meta {
@@ -54,8 +57,8 @@ impl Meta {
     pub fn of(record: &Record, state: String) -> Self {
         let Spec { vcpus, memory_mib, disk_mib, .. } = record.spec;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
-        let (token, versions) = (record.token.clone(), record.versions.clone());
-        Self { vcpus, memory_mib, disk_mib, token, versions, state, created_unix_ms: now }
+        let (token, versions, image) = (record.token.clone(), record.versions.clone(), record.image.clone());
+        Self { vcpus, memory_mib, disk_mib, token, versions, state, created_unix_ms: now, image }
     }
 }
 
@@ -109,6 +112,13 @@ impl Point {
         {
             warn!(dir = %self.dir.display(), %error, "a point stays");
         }
+    }
+}
+
+impl Point {
+    /// Whether it goes when nobody holds it.
+    pub fn is_doomed(&self) -> bool {
+        self.is_doomed.load(Ordering::Acquire)
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use agent_api::*;
 use api::CapsuleId;
 use axum::Router;
-use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult};
+use connectrpc::{ConnectError, ErrorCode, RequestContext, Response, ServiceRequest, ServiceResult};
 
 use crate::capsule::driver::From;
-use crate::capsule::{Handle, Refused, Spec, start};
+use crate::capsule::{Handle, Refused, Spec, remote, start};
 use crate::point::Meta;
 use crate::templates::CaptureError;
 use crate::{Agent, templates};
@@ -30,7 +30,7 @@ impl HostAgent for Agent {
     ) -> ServiceResult<CreateCapsuleResponse> {
         let request = request.to_owned_message();
         let spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
-        let template = self.template(&spec.image);
+        let template = self.find_template(&spec.image).await.map_err(remote_refused)?;
         if template.is_none() && !self.has_image(&spec.image) {
             return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
         }
@@ -50,8 +50,14 @@ impl HostAgent for Agent {
         _: RequestContext,
         request: ServiceRequest<'_, DestroyCapsuleRequest>,
     ) -> ServiceResult<DestroyCapsuleResponse> {
-        if let Some(handle) = self.capsule(id(request.id)?) {
+        let id = id(request.id)?;
+        if let Some(handle) = self.capsule(id) {
             handle.destroy().await;
+        }
+        if request.forget {
+            self.forget_upload(&remote::name(id))
+                .await
+                .map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         }
         Response::ok(DestroyCapsuleResponse::default())
     }
@@ -79,9 +85,24 @@ impl HostAgent for Agent {
         _: RequestContext,
         request: ServiceRequest<'_, ResumeCapsuleRequest>,
     ) -> ServiceResult<ResumeCapsuleResponse> {
-        let handle = self.living(request.id)?;
+        let handle = match self.living(request.id) {
+            Err(error) if error.code == ErrorCode::NotFound && request.adopt => {
+                self.adopt(id(request.id)?, request.generation).await.map_err(remote_refused)?
+            }
+            found => found?,
+        };
         handle.resume().await.map_err(refused)?;
         Response::ok(ResumeCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
+    }
+
+    async fn hibernate_capsule(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, HibernateCapsuleRequest>,
+    ) -> ServiceResult<HibernateCapsuleResponse> {
+        let handle = self.living(request.id)?;
+        handle.hibernate().await.map_err(refused)?;
+        Response::ok(HibernateCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
     }
 
     async fn fork_capsule(
@@ -135,7 +156,10 @@ impl HostAgent for Agent {
         _: RequestContext,
         request: ServiceRequest<'_, DeleteTemplateRequest>,
     ) -> ServiceResult<DeleteTemplateResponse> {
-        self.forget_template(request.name);
+        let request = request.to_owned_message();
+        self.forget_template(&request.name);
+        let forgotten = self.forget_upload(&templates::remote::name(&request.name)).await;
+        forgotten.map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         Response::ok(DeleteTemplateResponse::default())
     }
 
@@ -193,10 +217,23 @@ fn refused(refused: Refused) -> ConnectError {
     let message = crate::chain(&refused);
     match refused {
         Refused::Ended(_) => ConnectError::not_found(message),
-        Refused::NotRunning => ConnectError::failed_precondition(message),
+        Refused::NotRunning | Refused::NotPaused => ConnectError::failed_precondition(message),
+        Refused::Remote(error) => remote_refused(error),
         Refused::Resume(start::Error::Claim(_)) => ConnectError::resource_exhausted(message),
         Refused::Resume(error) if error.is_damage() => ConnectError::data_loss(message),
         Refused::Save(_) | Refused::Resume(_) => ConnectError::internal(message),
+    }
+}
+
+fn remote_refused(error: remote::Error) -> ConnectError {
+    let message = crate::chain(&error);
+    match error {
+        remote::Error::Unknown(_) => ConnectError::not_found(message),
+        remote::Error::NoObjects | remote::Error::NoImage(_) => ConnectError::failed_precondition(message),
+        remote::Error::Busy => ConnectError::new(ErrorCode::Aborted, message),
+        error if error.is_damage() => ConnectError::data_loss(message),
+        error if error.is_passing() => ConnectError::unavailable(message),
+        _ => ConnectError::internal(message),
     }
 }
 
@@ -268,6 +305,7 @@ fn message(handle: &Handle) -> Capsule {
         last_active_unix_ms: handle.traffic.last_active_ms(),
         versions: observed.versions.into_iter().collect(),
         host_ip: observed.host_ip.map_or_else(String::new, |ip| ip.to_string()),
+        uploaded: observed.is_uploaded,
         ..Default::default()
     }
 }

@@ -1,11 +1,14 @@
 //! Templates that came of capsules: points with a name, kept until they are deleted.
 
+pub mod remote;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use disk::ImageName;
+use tokio::task::JoinSet;
 
 use crate::Agent;
 use crate::capsule::{Handle, Refused};
@@ -16,6 +19,10 @@ use crate::point::{self, Meta, Point};
 pub struct Templates {
     /// `None` while one of that name is being made.
     points: Mutex<BTreeMap<String, Option<Arc<Point>>>>,
+    /// Held by who takes one from the object store.
+    fetching: tokio::sync::Mutex<()>,
+    /// What puts them there.
+    uploads: Mutex<JoinSet<()>>,
 }
 
 /// Why there is no point of a capsule.
@@ -51,7 +58,8 @@ impl Templates {
     pub fn open(host: &Host) -> io::Result<Self> {
         let points = point::open_all(&host.memory, &host.templates())?;
         let name = |dir: String| dir.split_once('@').map_or(dir.clone(), |(name, _)| name.to_owned());
-        Ok(Self { points: Mutex::new(points.into_iter().map(|(dir, point)| (name(dir), Some(point))).collect()) })
+        let points = points.into_iter().map(|(dir, point)| (name(dir), Some(point))).collect();
+        Ok(Self { points: Mutex::new(points), fetching: tokio::sync::Mutex::default(), uploads: Mutex::default() })
     }
 
     /// The template of that name.
@@ -63,6 +71,20 @@ impl Templates {
     pub fn list(&self) -> Vec<(String, Meta)> {
         let points = self.lock();
         points.iter().filter_map(|(name, point)| Some((name.clone(), point.as_ref()?.meta.clone()))).collect()
+    }
+
+    fn all(&self) -> Vec<(String, Arc<Point>)> {
+        self.lock().iter().filter_map(|(name, point)| Some((name.clone(), point.clone()?))).collect()
+    }
+
+    fn spawn(&self, upload: impl Future<Output = ()> + Send + 'static) {
+        self.uploads.lock().unwrap_or_else(PoisonError::into_inner).spawn(upload);
+    }
+
+    /// Breaks off what is being uploaded; the next agent does it.
+    pub async fn stop(&self) {
+        let mut uploads = std::mem::take(&mut *self.uploads.lock().unwrap_or_else(PoisonError::into_inner));
+        uploads.shutdown().await;
     }
 
     /// Forgets a template. What is beginning from it goes on to do so.
@@ -128,6 +150,9 @@ impl Agent {
                 Err(error) => Err(error),
             };
             agent.templates.settle(&name, kept.as_ref().ok().cloned());
+            if let Ok(point) = &kept {
+                agent.upload_template(name, point.clone());
+            }
             kept.map(|point| point.meta.clone())
         });
         made.await.expect("the work does not panic, and nobody aborts it")

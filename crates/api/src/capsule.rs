@@ -64,6 +64,20 @@ pub struct CreateCapsule {
     /// Up to 20 labels. Keys: 1 to 64 of `a-z A-Z 0-9 . _ -`; values: up to 64 characters. `kernel_version`, `vmm_version`,
     /// `agent_version` and `envd_version` are the platform's.
     pub metadata: Option<BTreeMap<String, String>>,
+    /// Whether a request to one of its URLs wakes it when it is paused; false when absent.
+    pub auto_resume: Option<bool>,
+    /// Who may use its URLs.
+    pub network: Option<Network>,
+}
+
+/// Who may reach what listens in a capsule, at `{port}-{capsule}.{domain}`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Network {
+    /// Whether knowing a URL is enough; true when absent. Otherwise requests need the capsule's `traffic_access_token`, in the
+    /// header `e2b-traffic-access-token`.
+    #[serde(alias = "allowPublicTraffic")]
+    pub allow_public_traffic: Option<bool>,
 }
 
 /// What a capsule shall be: a request whose every value is within its bounds.
@@ -77,6 +91,8 @@ pub struct CapsuleSpec {
     /// 0 means never, otherwise at least 60.
     pub timeout_sec: u32,
     pub metadata: BTreeMap<String, String>,
+    /// Traffic wakes it when it is paused.
+    pub auto_resume: bool,
 }
 
 /// The sizes that a template's memory and disk already have.
@@ -95,6 +111,11 @@ impl CreateCapsule {
             None => SafeName::default(),
         };
         Ok(name.canonical_template())
+    }
+
+    /// Whether knowing a URL of the capsule is enough to use it.
+    pub fn allows_public_traffic(&self) -> bool {
+        self.network.as_ref().and_then(|network| network.allow_public_traffic).unwrap_or(true)
     }
 
     /// Fills in the defaults and checks every bound. Sizes that are `baked` into the template are the only ones it can have.
@@ -128,6 +149,7 @@ impl CreateCapsule {
                 baked.map(|sizes| sizes.disk_size_mb),
             )?,
             timeout_sec: limits::timeout(self.timeout_sec)?,
+            auto_resume: self.auto_resume.unwrap_or(false),
             metadata,
             template,
         })
@@ -151,6 +173,13 @@ impl ForkCapsule {
         self.metadata.as_ref().map_or(Ok(()), limits::metadata)?;
         Ok((limits::number("count", self.count, limits::FORKS, 1)?, self.metadata))
     }
+}
+
+/// What requests to a capsule's URLs need. It is told once, where it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TrafficToken {
+    /// For the header `e2b-traffic-access-token`.
+    pub traffic_access_token: String,
 }
 
 /// The capsules that a fork made.
@@ -182,6 +211,15 @@ pub struct Capsule {
     pub last_updated: DateTime<Utc>,
     /// The labels of its creation and, once it has run, the versions of what runs it.
     pub metadata: BTreeMap<String, String>,
+    /// Whether a request to one of its URLs wakes it when it is paused.
+    #[serde(default)]
+    pub auto_resume: bool,
+    /// Whether knowing a URL of it is enough to use it.
+    #[serde(default)]
+    pub allow_public_traffic: bool,
+    /// What requests to its URLs need in the header `e2b-traffic-access-token`. It is told once, where it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traffic_access_token: Option<String>,
     /// Why it ended or is missing, why its host paused it, or why it could not be resumed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -16,7 +16,7 @@ pub mod pty;
 pub mod stream;
 pub mod template;
 
-pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, ForkCapsule, Forked, Sizes, Status};
+pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, ForkCapsule, Forked, Network, Sizes, Status, TrafficToken};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use event::{Actor, ActorKind, Event, EventName, Resource};
 pub use exec::{Encoding, Exec, ExecResult, ExecSpec, ExecStarted};

@@ -9,7 +9,6 @@ use std::time::Duration;
 use agent_api::Endpoint;
 use api::{SafeName, TeamId};
 use axum::Router;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
 use crate::op::Context;
@@ -97,12 +96,7 @@ impl Control {
         // Whoever drops this future means the same.
         let _stop = stop.clone().drop_guard();
         let background = tokio::spawn(tasks::reconcile::run(self.ctx.clone(), stop.clone()));
-        let listener = listener.tap_io(|stream| {
-            // Answers are written whole; waiting to fill a segment would only delay them. A socket that refuses is closed anyway.
-            let _ = stream.set_nodelay(true);
-        });
-        let serving = axum::serve(listener, self.router()).with_graceful_shutdown(stop.clone().cancelled_owned());
-        let mut serving = tokio::spawn(serving.into_future());
+        let mut serving = tokio::spawn(proxy::serve(listener, self.router(), stop.clone().cancelled_owned()));
         let served = tokio::select! {
             served = &mut serving => Some(served),
             () = shutdown => None,
@@ -121,7 +115,7 @@ impl Control {
         // It ends at its next pause; a panic in it is reported where it happened.
         let _ = background.await;
         match served {
-            Ok(Ok(result)) => result.map_err(Error::Serve),
+            Ok(Ok(())) => Ok(()),
             Ok(Err(panic)) => Err(Error::Serve(io::Error::other(panic))),
             // Streams and commands that outlast the grace are cut; their processes live on in their capsules.
             Err(_) => Ok(()),

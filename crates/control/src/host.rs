@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use agent_api::{
     CapsuleState, CreateCapsuleRequest, DeleteTemplateRequest, DestroyCapsuleRequest, Endpoint, ForkCapsuleRequest,
-    GuestFiles, GuestProcesses, Lifecycle, ListCapsulesRequest, PauseCapsuleRequest, ResumeCapsuleRequest,
-    SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
+    GuestFiles, GuestProcesses, HibernateCapsuleRequest, Lifecycle, ListCapsulesRequest, PauseCapsuleRequest,
+    ResumeCapsuleRequest, SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
 };
 use api::{CapsuleId, CapsuleSpec, Sizes};
 use chrono::{DateTime, Utc};
@@ -15,6 +15,7 @@ use connectrpc::{ConnectError, ErrorCode};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use lifecycle::{Event, HostState};
+use proxy::{Target, Upstream};
 
 /// Why a host did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +88,9 @@ impl TryFrom<agent_api::Capsule> for Report {
                 Some(CapsuleState::CAPSULE_STATE_STARTING) => HostState::Starting,
                 Some(CapsuleState::CAPSULE_STATE_RUNNING) => HostState::Running,
                 Some(CapsuleState::CAPSULE_STATE_PAUSING) => HostState::Pausing,
+                Some(CapsuleState::CAPSULE_STATE_PAUSED) if capsule.uploaded => HostState::Uploaded,
                 Some(CapsuleState::CAPSULE_STATE_PAUSED) => HostState::Paused,
+                Some(CapsuleState::CAPSULE_STATE_HIBERNATED) => HostState::Hibernated,
                 Some(CapsuleState::CAPSULE_STATE_RESUMING) => HostState::Resuming,
                 Some(CapsuleState::CAPSULE_STATE_STOPPING) => HostState::Stopping,
                 Some(CapsuleState::CAPSULE_STATE_STOPPED) => HostState::Stopped,
@@ -132,22 +135,34 @@ pub struct Image {
 const CREATE: Duration = Duration::from_secs(180);
 const DESTROY: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_secs(300);
+/// Most of it is the upload, which goes on if nobody waits.
+const HIBERNATE: Duration = Duration::from_secs(600);
 const RESUME: Duration = Duration::from_secs(180);
 /// A reconciler gives up on forks only later, [`lifecycle::FORK_GRACE`].
 const FORK: Duration = Duration::from_secs(300);
 const SNAPSHOT: Duration = Duration::from_secs(600);
 const QUICK: Duration = Duration::from_secs(10);
 
-/// The agent of one host. Lifecycle calls and guest traffic never share a connection.
+/// The agent of one host. Lifecycle calls, what the platform does in guests, and traffic with what users run there never
+/// share a connection.
 pub struct Host {
     lifecycle: Lifecycle,
     guests: Transport,
+    ports: Upstream,
 }
 
 impl Host {
     /// Connects when first used.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { lifecycle: Transport::new(endpoint.clone()).lifecycle(), guests: Transport::new(endpoint) }
+        let target = match &endpoint {
+            Endpoint::Unix(path) => Target::Socket(path.clone()),
+            Endpoint::Http(authority) => Target::Name(authority.to_string()),
+        };
+        Self {
+            lifecycle: Transport::new(endpoint.clone()).lifecycle(),
+            guests: Transport::new(endpoint),
+            ports: Upstream::new(target),
+        }
     }
 
     /// Makes the capsule run; answers when its guest does.
@@ -168,9 +183,9 @@ impl Host {
         answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
     }
 
-    /// Ends the capsule; one that is not there is ended already.
+    /// Ends the capsule, and what the object store has of it; one that is not there is ended already.
     pub async fn destroy(&self, id: CapsuleId) -> Result<(), Error> {
-        let request = DestroyCapsuleRequest { id: id.to_string(), ..Default::default() };
+        let request = DestroyCapsuleRequest { id: id.to_string(), forget: true, ..Default::default() };
         self.lifecycle.destroy_capsule_with_options(request, within(DESTROY)).await?;
         Ok(())
     }
@@ -182,9 +197,18 @@ impl Host {
         answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
     }
 
-    /// Lets a paused capsule go on; answers when its guest does.
-    pub async fn resume(&self, id: CapsuleId) -> Result<Report, Error> {
-        let request = ResumeCapsuleRequest { id: id.to_string(), ..Default::default() };
+    /// Gives back what a paused capsule takes there, once the object store has it.
+    pub async fn hibernate(&self, id: CapsuleId) -> Result<Report, Error> {
+        let request = HibernateCapsuleRequest { id: id.to_string(), ..Default::default() };
+        let answer = self.lifecycle.hibernate_capsule_with_options(request, within(HIBERNATE)).await?.into_owned();
+        answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
+    }
+
+    /// Lets a paused capsule go on; answers when its guest does. With `adopt` it may be in the object store; what the host
+    /// says of it then is newer than the generation given.
+    pub async fn resume(&self, id: CapsuleId, adopt: Option<u64>) -> Result<Report, Error> {
+        let (generation, adopt) = (adopt.unwrap_or_default(), adopt.is_some());
+        let request = ResumeCapsuleRequest { id: id.to_string(), adopt, generation, ..Default::default() };
         let answer = self.lifecycle.resume_capsule_with_options(request, within(RESUME)).await?.into_owned();
         answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
     }
@@ -247,6 +271,11 @@ impl Host {
         request: Request<ClientBody>,
     ) -> Result<Response<Incoming>, ConnectError> {
         self.guests.send_to_guest(id, request).await
+    }
+
+    /// The way to what users run in capsules, by the paths of `proxy::path` and `agent_api::port`.
+    pub fn ports(&self) -> &Upstream {
+        &self.ports
     }
 }
 

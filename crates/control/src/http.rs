@@ -4,6 +4,7 @@ mod answers;
 mod body;
 mod caller;
 mod capsules;
+mod edge;
 mod error;
 mod events;
 mod exec;
@@ -16,7 +17,9 @@ mod pty;
 mod session;
 mod socket;
 mod streams;
+mod tcp;
 mod templates;
+mod traffic;
 mod upload;
 mod utf8;
 
@@ -50,8 +53,11 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::get, capsules::destroy))
         .routes(routes!(capsules::ping))
         .routes(routes!(capsules::pause))
+        .routes(routes!(capsules::hibernate))
         .routes(routes!(capsules::resume))
         .routes(routes!(capsules::fork))
+        .routes(routes!(traffic::restrict, traffic::open))
+        .routes(routes!(tcp::connect))
         .routes(routes!(metrics::read))
         .routes(routes!(exec::exec))
         .routes(routes!(streams::exec))
@@ -76,8 +82,14 @@ fn description() -> OpenApi {
     documented().into_openapi()
 }
 
-/// Every route, at the root and under `/api`.
+/// Everything that one listener serves: capsules under their hosts, the API under every other.
 pub fn router(app: App) -> Router {
+    let front = edge::Front { api: api(app.clone()), app };
+    Router::new().fallback(edge::front).with_state(front).layer(CatchPanicLayer::custom(panicked))
+}
+
+/// Every route of the API, at the root and under `/api`.
+fn api(app: App) -> Router {
     let (routes, _) = documented().split_for_parts();
     let routes = routes.method_not_allowed_fallback(wrong_method);
     Router::new()

@@ -7,13 +7,16 @@ pub mod exec;
 pub mod files;
 pub mod fork;
 pub mod guest;
+pub mod hibernate;
 pub mod metrics;
 pub mod pause;
 pub mod process;
+pub mod reach;
 pub mod record;
 pub mod resume;
 pub mod snapshot;
 pub mod touch;
+pub mod traffic;
 pub mod usable;
 pub mod wish;
 
@@ -25,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::events::Events;
+use self::reach::Reachable;
 use crate::db;
 use crate::db::capsule::{Capsule, Life};
 use crate::host::{self, Host};
@@ -40,6 +44,8 @@ pub struct Context {
     pub changes: broadcast::Sender<CapsuleId>,
     /// What happens to capsules, for those who want to be told.
     pub events: Events,
+    /// Capsules that anyone may reach.
+    pub reachable: Reachable,
     /// Wakes the reconciler before its time.
     pub nudge: Notify,
     /// Work that outlives the request that began it.
@@ -55,6 +61,7 @@ impl Context {
             host: Host::new(agent),
             changes: broadcast::Sender::new(CHANGES),
             events: Events::default(),
+            reachable: Reachable::default(),
             nudge: Notify::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -63,6 +70,7 @@ impl Context {
 
     /// Lets everyone know that a capsule's row was `before` and is another now.
     fn changed(&self, before: &Life, capsule: &Capsule) {
+        self.reachable.forget(capsule.id);
         // Nobody may be waiting.
         let _ = self.changes.send(capsule.id);
         self.events.changed(before, capsule);
@@ -139,7 +147,7 @@ impl Error {
 
 /// A row as clients see it.
 pub fn show(capsule: db::capsule::Capsule) -> api::Capsule {
-    let db::capsule::Capsule { id, spec, created_at, life, .. } = capsule;
+    let db::capsule::Capsule { id, spec, created_at, traffic_token, life, .. } = capsule;
     let mut metadata = spec.metadata;
     metadata.extend(life.versions);
     api::Capsule {
@@ -155,6 +163,9 @@ pub fn show(capsule: db::capsule::Capsule) -> api::Capsule {
         last_active_at: life.last_active_at,
         last_updated: life.last_updated,
         metadata,
+        auto_resume: spec.auto_resume,
+        allow_public_traffic: traffic_token.is_none(),
+        traffic_access_token: None,
         reason: life.reason,
     }
 }

@@ -181,9 +181,9 @@ async fn exchange(address: SocketAddrV4, head: &str) -> Result<String, Error> {
 }
 
 /// The body of an answer, once all of it is there.
-fn body(answer: &[u8], at_end: bool) -> Result<Option<String>, Error> {
-    let text = String::from_utf8_lossy(answer);
-    let Some((head, body)) = text.split_once("\r\n\r\n") else { return Ok(None) };
+pub fn body(answer: &[u8], at_end: bool) -> Result<Option<String>, Error> {
+    let Some(end) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n") else { return Ok(None) };
+    let (head, body) = (String::from_utf8_lossy(&answer[..end]), &answer[end + 4..]);
     let mut lines = head.lines();
     let status = lines.next().unwrap_or_default();
     if status.split(' ').nth(1) != Some("200") {
@@ -191,10 +191,11 @@ fn body(answer: &[u8], at_end: bool) -> Result<Option<String>, Error> {
     }
     let length =
         lines.filter_map(|line| line.split_once(':')).find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
-    match length.and_then(|(_, length)| length.trim().parse::<usize>().ok()) {
-        Some(length) => Ok(body.get(..length).map(str::to_owned)),
-        None => Ok(at_end.then(|| body.to_owned())),
-    }
+    let body = match length.and_then(|(_, length)| length.trim().parse::<usize>().ok()) {
+        Some(length) => body.get(..length),
+        None => at_end.then_some(body),
+    };
+    Ok(body.map(|body| String::from_utf8_lossy(body).into_owned()))
 }
 
 #[cfg(test)]
@@ -210,6 +211,10 @@ mod tests {
         assert_eq!(of("HTTP/1.1 200 OK\r\n\r\nabcd", false), None);
         assert_eq!(of("HTTP/1.1 200 OK\r\n\r\nabcd", true), Some("abcd".to_owned()));
         assert_eq!(of("HTTP/1.1 200 OK\r\nContent", true), None);
+        // A character that has come in half is not all of it.
+        let answer = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\na\u{fc}b".as_bytes();
+        assert_eq!(body(&answer[..answer.len() - 2], false).unwrap(), None);
+        assert_eq!(body(answer, false).unwrap(), Some("a\u{fc}b".to_owned()));
         assert!(matches!(body(b"HTTP/1.1 401 Unauthorized\r\n\r\n", false), Err(Error::Refused(_))));
     }
 

@@ -116,7 +116,8 @@ pub struct Restored {
     pub machine_id: Option<String>,
     /// A fork's new name.
     pub hostname: Option<String>,
-    /// The SSH host keys of before are gone; new ones are being made.
+    /// The SSH host keys of before are gone. Where the guest has ssh-keygen a new one, Ed25519, is there, and those of other
+    /// kinds are being made.
     pub ssh_host_keys_removed: bool,
 }
 

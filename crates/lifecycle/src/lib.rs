@@ -10,13 +10,15 @@
 //!
 //!   desired Running:   pending ─► starting ─► running ⇄ missing          any ─► stopped | error (both final)
 //!                      running ─► pausing ─► paused ─► resuming ─► running
-//!   desired Paused:    pausing ─► paused
+//!   desired Paused:    pausing ─► paused ─► hibernated ─► resuming
 //!   desired Stopped:   stopping ─► stopped
 //! ```
 //!
 //! A host pauses an idle capsule by itself. That is a fact and not a gap to close: a capsule that is desired to run and observed
 //! to be paused *is* paused, until a client resumes it. Resuming is never made up for by a reconciler, because nobody may be
 //! waiting for it any more; a pause that was asked for and did not come about is, because it is what ends the spending.
+//! What its host has uploaded is in the object store too: when the host is lost, or asked to let go of it, it *hibernates* there,
+//! until a client resumes it on a host that takes it from there.
 //! Forking and making a template leave a capsule running: its host stops it for milliseconds, which is no state.
 //!
 //! Pure: no IO, no clock (ages are arguments). It refuses to know hosts, networks, SQL and HTTP.
@@ -46,6 +48,10 @@ pub enum Observed {
     Pausing,
     /// On its host's disk.
     Paused,
+    /// On its host's disk, and in the object store.
+    Uploaded,
+    /// In the object store, and on no host.
+    Hibernated,
     /// Its host is bringing it back.
     Resuming,
     Stopping,
@@ -67,6 +73,8 @@ impl Observed {
             | Self::Running
             | Self::Pausing
             | Self::Paused
+            | Self::Uploaded
+            | Self::Hibernated
             | Self::Resuming
             | Self::Stopping
             | Self::Missing => false,
@@ -95,6 +103,10 @@ pub enum HostState {
     Running,
     Pausing,
     Paused,
+    /// Paused, and in the object store too.
+    Uploaded,
+    /// Ended there; in the object store.
+    Hibernated,
     Resuming,
     Stopping,
     Stopped,
@@ -119,6 +131,8 @@ pub enum Event {
 pub enum Command {
     Destroy,
     Pause,
+    /// Keep it in the object store alone.
+    Hibernate,
     Resume,
     Touch,
     Exec,
@@ -177,6 +191,8 @@ pub fn status(desired: Desired, observed: Observed) -> Status {
             | Observed::Running
             | Observed::Pausing
             | Observed::Paused
+            | Observed::Uploaded
+            | Observed::Hibernated
             | Observed::Resuming
             | Observed::Stopping
             | Observed::Missing,
@@ -187,7 +203,8 @@ pub fn status(desired: Desired, observed: Observed) -> Status {
             Observed::Running if desired == Desired::Running => Status::Running,
             Observed::Resuming if desired == Desired::Running => Status::Resuming,
             Observed::Running | Observed::Resuming | Observed::Pausing => Status::Pausing,
-            Observed::Paused => Status::Paused,
+            Observed::Paused | Observed::Uploaded => Status::Paused,
+            Observed::Hibernated => Status::Hibernated,
             Observed::Stopping => Status::Stopping,
             Observed::Missing => Status::Missing,
             Observed::Failed => Status::Error,
@@ -204,17 +221,37 @@ pub fn decide(state: State, command: Command) -> Decision {
         (Command::Destroy, Desired::Stopped) if observed.ended() => Decision::Done,
         (Command::Destroy, Desired::Stopped) => Decision::Act,
         (
-            Command::Pause | Command::Resume | Command::Touch | Command::Exec | Command::Fork | Command::Snapshot,
+            Command::Pause
+            | Command::Hibernate
+            | Command::Resume
+            | Command::Touch
+            | Command::Exec
+            | Command::Fork
+            | Command::Snapshot,
             Desired::Stopped,
         ) => Decision::Refuse,
         (Command::Pause, Desired::Running | Desired::Paused) => match observed {
             Observed::Running => Decision::Act,
-            Observed::Paused => Decision::Done,
+            Observed::Paused | Observed::Uploaded | Observed::Hibernated => Decision::Done,
             Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming => Decision::Wait,
             Observed::Stopping | Observed::Missing | Observed::Stopped | Observed::Failed => Decision::Refuse,
         },
+        (Command::Hibernate, Desired::Running | Desired::Paused) => match observed {
+            Observed::Paused | Observed::Uploaded => Decision::Act,
+            Observed::Hibernated => Decision::Done,
+            Observed::Pausing => Decision::Wait,
+            Observed::Running if desired == Desired::Paused => Decision::Wait,
+            Observed::Running
+            | Observed::Unreported
+            | Observed::Starting
+            | Observed::Resuming
+            | Observed::Stopping
+            | Observed::Missing
+            | Observed::Stopped
+            | Observed::Failed => Decision::Refuse,
+        },
         (Command::Resume, Desired::Running | Desired::Paused) => match observed {
-            Observed::Paused => Decision::Act,
+            Observed::Paused | Observed::Uploaded | Observed::Hibernated => Decision::Act,
             Observed::Running if desired == Desired::Running => Decision::Done,
             // Among them one that is about to be paused.
             Observed::Running | Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming => {
@@ -231,9 +268,13 @@ pub fn decide(state: State, command: Command) -> Decision {
                 | Observed::Starting
                 | Observed::Pausing
                 | Observed::Resuming => Decision::Wait,
-                Observed::Paused | Observed::Stopping | Observed::Missing | Observed::Stopped | Observed::Failed => {
-                    Decision::Refuse
-                }
+                Observed::Paused
+                | Observed::Uploaded
+                | Observed::Hibernated
+                | Observed::Stopping
+                | Observed::Missing
+                | Observed::Stopped
+                | Observed::Failed => Decision::Refuse,
             }
         }
     }
@@ -256,6 +297,8 @@ pub fn observe(state: State, event: Event) -> Option<State> {
                     HostState::Running => Observed::Running,
                     HostState::Pausing => Observed::Pausing,
                     HostState::Paused => Observed::Paused,
+                    HostState::Uploaded => Observed::Uploaded,
+                    HostState::Hibernated => Observed::Hibernated,
                     HostState::Resuming => Observed::Resuming,
                     HostState::Stopping => Observed::Stopping,
                     HostState::Stopped => Observed::Stopped,
@@ -268,6 +311,10 @@ pub fn observe(state: State, event: Event) -> Option<State> {
         Event::StartFailed => becomes(Observed::Failed),
         Event::Destroyed => becomes(Observed::Stopped),
         Event::Absent => match (state.desired, state.observed) {
+            // It is on no host. One that is not wanted has to be forgotten by the object store first.
+            (_, Observed::Hibernated) => None,
+            // Its host has lost it, and need not be the one that it goes on on.
+            (_, Observed::Uploaded) => becomes(Observed::Hibernated),
             (Desired::Stopped, _) | (Desired::Running | Desired::Paused, Observed::Stopping) => {
                 becomes(Observed::Stopped)
             }
@@ -290,7 +337,12 @@ pub fn reconcile(state: State, origin: Origin, on_host: Option<HostState>, age: 
     let wanted = state.desired != Desired::Stopped && !state.observed.ended();
     match on_host {
         Some(
-            HostState::Starting | HostState::Running | HostState::Pausing | HostState::Paused | HostState::Resuming,
+            HostState::Starting
+            | HostState::Running
+            | HostState::Pausing
+            | HostState::Paused
+            | HostState::Uploaded
+            | HostState::Resuming,
         ) if !wanted => Action::Destroy,
         Some(HostState::Running)
             if state.desired == Desired::Paused && state.observed == Observed::Running && age >= GRACE =>
@@ -298,9 +350,20 @@ pub fn reconcile(state: State, origin: Origin, on_host: Option<HostState>, age: 
             Action::Pause
         }
         Some(
-            HostState::Starting | HostState::Running | HostState::Pausing | HostState::Paused | HostState::Resuming,
+            HostState::Starting
+            | HostState::Running
+            | HostState::Pausing
+            | HostState::Paused
+            | HostState::Uploaded
+            | HostState::Resuming,
         ) => Action::Nothing,
-        Some(HostState::Stopping | HostState::Stopped | HostState::Failed) => Action::Nothing,
+        // The object store is to forget it.
+        Some(HostState::Hibernated) | None
+            if state.desired == Desired::Stopped && state.observed == Observed::Hibernated =>
+        {
+            Action::Destroy
+        }
+        Some(HostState::Stopping | HostState::Stopped | HostState::Failed | HostState::Hibernated) => Action::Nothing,
         None if wanted && state.observed == Observed::Unreported => match origin {
             Origin::Template if age >= GRACE => Action::Create,
             Origin::Fork if age >= FORK_GRACE => Action::GiveUp,

@@ -14,6 +14,8 @@ fn observed() -> impl Strategy<Value = Observed> {
         Just(Running),
         Just(Pausing),
         Just(Paused),
+        Just(Uploaded),
+        Just(Hibernated),
         Just(Resuming),
         Just(Stopping),
         Just(Missing),
@@ -29,6 +31,8 @@ fn host_state() -> impl Strategy<Value = HostState> {
         Just(Running),
         Just(Pausing),
         Just(Paused),
+        Just(Uploaded),
+        Just(Hibernated),
         Just(Resuming),
         Just(Stopping),
         Just(Stopped),
@@ -42,7 +46,16 @@ fn origin() -> impl Strategy<Value = Origin> {
 
 fn command() -> impl Strategy<Value = Command> {
     use Command::*;
-    prop_oneof![Just(Destroy), Just(Pause), Just(Resume), Just(Touch), Just(Exec), Just(Fork), Just(Snapshot)]
+    prop_oneof![
+        Just(Destroy),
+        Just(Pause),
+        Just(Hibernate),
+        Just(Resume),
+        Just(Touch),
+        Just(Exec),
+        Just(Fork),
+        Just(Snapshot)
+    ]
 }
 
 fn state() -> impl Strategy<Value = State> {
@@ -135,7 +148,7 @@ proptest! {
         let (pause, resume) = (decide(state, Command::Pause), decide(state, Command::Resume));
         match word(state) {
             Status::Running => prop_assert_eq!((pause, resume), (Decision::Act, Decision::Done)),
-            Status::Paused => prop_assert_eq!((pause, resume), (Decision::Done, Decision::Act)),
+            Status::Paused | Status::Hibernated => prop_assert_eq!((pause, resume), (Decision::Done, Decision::Act)),
             // A pause that is under way may be asked for again: its host does it once.
             Status::Pausing => {
                 prop_assert_eq!(pause == Decision::Act, state.observed == Observed::Running);
@@ -146,6 +159,18 @@ proptest! {
             }
             _ => prop_assert_eq!((pause, resume), (Decision::Refuse, Decision::Refuse)),
         }
+    }
+
+    /// It has to be paused, or about to be.
+    #[test]
+    fn hibernating_follows_the_word(state in state()) {
+        let expected = match word(state) {
+            Status::Paused => Decision::Act,
+            Status::Hibernated => Decision::Done,
+            Status::Pausing if state.observed != Observed::Resuming => Decision::Wait,
+            _ => Decision::Refuse,
+        };
+        prop_assert_eq!(decide(state, Command::Hibernate), expected, "{:?}", state);
     }
 
     /// Nobody waits for what does not come: a host that goes on with what it is doing leads out of every wait.
@@ -220,7 +245,8 @@ proptest! {
                 (on_host, generation) = (next, generation + 1);
             }
         }
-        let (runs, paused) = (on_host == Some(HostState::Running), on_host == Some(HostState::Paused));
+        let runs = on_host == Some(HostState::Running);
+        let paused = matches!(on_host, Some(HostState::Paused | HostState::Uploaded));
         prop_assert_eq!(word(state) == Status::Running, runs, "{:?} {:?}", state, on_host);
         prop_assert_eq!(word(state) == Status::Paused, paused, "{:?} {:?}", state, on_host);
         if start.desired == Desired::Stopped || start.observed.ended() {
@@ -284,6 +310,35 @@ fn asleep_and_awake() {
         seen,
         [Pausing, Paused, Resuming, Running, Pausing, Pausing, Paused, Paused, Missing, Paused, Stopping, Stopped]
     );
+}
+
+#[test]
+fn what_was_uploaded_outlives_its_host() {
+    let report = |state, generation| Event::Reported { state, generation };
+    let mut state = State { desired: Desired::Paused, observed: Observed::Pausing, generation: 2 };
+    let mut seen = Vec::new();
+    for fact in [
+        report(HostState::Uploaded, 4),
+        Event::Absent,
+        Event::Absent,
+        report(HostState::Running, 5),
+        report(HostState::Uploaded, 6),
+        report(HostState::Hibernated, 8),
+        Event::Absent,
+    ] {
+        state = observe(state, fact).unwrap_or(state);
+        seen.push(status(Desired::Running, state.observed));
+    }
+    use Status::*;
+    assert_eq!(seen, [Paused, Hibernated, Hibernated, Running, Paused, Hibernated, Hibernated]);
+
+    // It is on no host, and still it takes one to end it.
+    let unwanted = State { desired: Desired::Stopped, ..state };
+    assert_eq!(observe(unwanted, Event::Absent), None);
+    for on_host in [None, Some(HostState::Hibernated)] {
+        assert_eq!(reconcile(unwanted, Origin::Fork, on_host, Duration::ZERO), Action::Destroy);
+        assert_eq!(reconcile(state, Origin::Fork, on_host, FORK_GRACE), Action::Nothing);
+    }
 }
 
 #[test]

@@ -21,8 +21,14 @@ use crate::{CHUNK, Ended, Error, HUGE_PAGE, PAGE};
 /// Helpers at most. More would wait for each other in the kernel.
 const HELPERS: usize = 3;
 
+/// Pages that are waited for at the same time, where they come from elsewhere.
+const FETCHERS: usize = 4;
+
 /// The threads call nothing deep; what is touched of a stack stays with the process.
 const STACK: usize = 128 << 10;
+
+/// Fetching calls whatever it takes to reach an object store.
+const FETCH_STACK: usize = 2 << 20;
 
 /// A helper without work for so long gives its memory back.
 const IDLE: Duration = Duration::from_secs(1);
@@ -43,6 +49,8 @@ pub struct Crew {
     begun: Bitmap,
     /// There is work for helpers.
     more: Condvar,
+    /// There is work for fetchers.
+    absent: Condvar,
     /// While there is one, faults are recorded.
     recorder: Mutex<Option<Recorder>>,
     /// How often in a row a removal was in the way.
@@ -62,6 +70,8 @@ struct Work {
     ahead: Vec<Range<u64>>,
     /// What was needed last time.
     prefetch: VecDeque<Range<u64>>,
+    /// What has to be fetched before it can be filled.
+    absent: Vec<Task>,
     is_over: bool,
 }
 
@@ -82,6 +92,7 @@ impl Crew {
             work: Mutex::new(Work { prefetch, ..Work::default() }),
             begun: Bitmap::new(guest.memory_size().div_ceil(CHUNK)),
             more: Condvar::new(),
+            absent: Condvar::new(),
             recorder: Mutex::new(recorder),
             busy: AtomicU32::new(0),
             is_whole: AtomicBool::new(false),
@@ -90,9 +101,9 @@ impl Crew {
             ended,
         });
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let spawn = |name: &str, run: fn(&Self) -> Result<(), Error>| {
+        let spawn = |name: &str, stack, run: fn(&Self) -> Result<(), Error>| {
             let crew = Arc::clone(&crew);
-            let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+            let thread = thread::Builder::new().name(name.to_owned()).stack_size(stack);
             thread.spawn(move || {
                 // Faults that nobody serves any more would be waited for for ever.
                 let outcome = catch_unwind(AssertUnwindSafe(|| run(&crew)));
@@ -101,9 +112,12 @@ impl Crew {
                 }
             })
         };
-        let spawned = spawn("reader", Self::read);
+        let spawned = spawn("reader", STACK, Self::read);
+        let spawned = spawned
+            .and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", STACK, Self::help).map(drop)));
+        let fetchers = if crew.guest.is_lazy() { FETCHERS } else { 0 };
         let spawned =
-            spawned.and_then(|_| (0..processors.min(HELPERS)).try_for_each(|_| spawn("helper", Self::help).map(drop)));
+            spawned.and_then(|()| (0..fetchers).try_for_each(|_| spawn("fetcher", FETCH_STACK, Self::fetch).map(drop)));
         if let Err(error) = spawned {
             crew.end(Ok(Ended::Stopped));
             return Err(Error::SetUp(error));
@@ -116,6 +130,7 @@ impl Crew {
         lock(&self.outcome).get_or_insert(outcome);
         lock(&self.work).is_over = true;
         self.more.notify_all();
+        self.absent.notify_all();
         // Fails when it was written to often, which it was not.
         let _ = rustix::io::write(&self.ended, &1_u64.to_ne_bytes());
     }
@@ -165,6 +180,38 @@ impl Crew {
             self.run(task, &mut buffer)?;
         }
         Ok(())
+    }
+
+    /// A fetcher: waits for what is not in the snapshot's files, and has it filled then.
+    fn fetch(&self) -> Result<(), Error> {
+        loop {
+            let mut work = lock(&self.work);
+            let task = loop {
+                if work.is_over {
+                    return Ok(());
+                }
+                // First what somebody waits for.
+                let is_fault = |task: &Task| matches!(task, Task::Fault(_));
+                let first = work.absent.iter().position(is_fault).unwrap_or_default();
+                if first < work.absent.len() {
+                    break work.absent.remove(first);
+                }
+                work = self.absent.wait(work).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(work);
+            let range = match &task {
+                Task::Fault(offset) => *offset..*offset + PAGE,
+                Task::Ahead(range) | Task::Prefetch(range) => range.clone(),
+            };
+            match (self.guest.fetch(range), &task) {
+                (Ok(()), _) => {}
+                (Err(error), Task::Fault(_)) => return Err(error),
+                // Nobody waits for it; who does one day is told then.
+                (Err(_), Task::Ahead(_) | Task::Prefetch(_)) => continue,
+            }
+            lock(&self.work).put_back(task);
+            self.more.notify_one();
+        }
     }
 
     fn next(&self, buffer: &mut Vec<u8>) -> Option<Task> {
@@ -225,6 +272,10 @@ impl Crew {
                 } else {
                     thread::park_timeout(BUSY_PAUSE);
                 }
+            }
+            (Step::Absent, task) => {
+                lock(&self.work).absent.push(task);
+                self.absent.notify_one();
             }
             // What nobody waits for may be missing.
             (Step::NoMemory, Task::Ahead(_)) => {}

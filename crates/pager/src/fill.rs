@@ -2,15 +2,15 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::io::Errno;
-use snapshot::{Content, Snapshot};
+use snapshot::{Content, Id, Snapshot};
 
 use crate::bitmap::Bitmap;
 use crate::handshake::{Region, Regions};
 use crate::uffd::{Event, Filled, Uffd};
-use crate::{Error, HUGE_PAGE, PAGE};
+use crate::{Error, Fetch, HUGE_PAGE, PAGE};
 
 /// Bytes filled by one call at most, huge pages aside. Events wait for as long as that takes.
 pub const PIECE: u64 = 128 << 10;
@@ -23,6 +23,8 @@ pub struct Guest {
     pub uffd: Uffd,
     pub regions: Regions,
     snapshot: Snapshot,
+    /// What brings pages that are not in the snapshot's files.
+    fetch: Option<Arc<dyn Fetch>>,
     /// Pages that nobody has to fill unasked: filled already, or removed.
     settled: Bitmap,
     /// Pages that are zeros, whatever the snapshot says.
@@ -58,6 +60,8 @@ pub enum Step {
     Busy,
     /// There is no memory.
     NoMemory,
+    /// Some of it is not in the snapshot's files: [`Guest::fetch`] waits for that.
+    Absent,
     /// The VMM is gone.
     Gone,
 }
@@ -77,7 +81,7 @@ enum Fill {
 }
 
 impl Guest {
-    pub fn new(uffd: Uffd, regions: Regions, snapshot: Snapshot) -> Self {
+    pub fn new(uffd: Uffd, regions: Regions, snapshot: Snapshot, fetch: Option<Arc<dyn Fetch>>) -> Self {
         let pages = snapshot.memory_size() / PAGE;
         let widest = if regions.iter().any(|region| region.page_size == HUGE_PAGE) { HUGE_PAGE } else { PIECE };
         let guest = Self {
@@ -91,6 +95,7 @@ impl Guest {
             zeros: vec![0; widest as usize],
             regions,
             snapshot,
+            fetch,
         };
         let stored = |region: &Region| -> u64 {
             let runs = guest.runs(region.offset..region.offset + region.size);
@@ -149,6 +154,9 @@ impl Guest {
             // It is empty if another thread filled or removed its first page while it was looked at.
             at = span.range.start;
             let len = (span.range.end - at) as usize;
+            if span.content == Fill::Stored && self.absent(&span.range).is_some() {
+                return Ok(Step::Absent);
+            }
             let bytes = match span.content {
                 Fill::Stored => self.read(at, len, buffer)?,
                 Fill::Zero | Fill::Removed => &self.zeros[..len],
@@ -174,6 +182,40 @@ impl Guest {
             }
         }
         Ok(Step::Done)
+    }
+
+    /// Whether pages may have to be fetched.
+    pub fn is_lazy(&self) -> bool {
+        self.fetch.is_some()
+    }
+
+    /// Waits until what `range` has in the snapshot's files is there.
+    pub fn fetch(&self, range: Range<u64>) -> Result<(), Error> {
+        let page = self.regions.at_offset(range.start).map_or(PAGE, |region| region.page_size);
+        let range = range.start - range.start % page..range.end.next_multiple_of(page).min(self.memory_size());
+        let Some(fetch) = &self.fetch else { return Ok(()) };
+        while let Some((offset, generation, bytes)) = self.absent(&range) {
+            fetch.fetch(generation, bytes).map_err(|source| Error::Fetch { offset, source })?;
+        }
+        Ok(())
+    }
+
+    /// The first part of `range` that is not in the snapshot's files: where it is in memory, and where it should be.
+    fn absent(&self, range: &Range<u64>) -> Option<(u64, Id, Range<u64>)> {
+        let fetch = self.fetch.as_ref()?;
+        let mut at = range.start;
+        while at < range.end {
+            let run = self.snapshot.lookup(at)?;
+            let len = run.len.min(range.end - at);
+            if let Content::Stored { data, offset, .. } = run.content {
+                let (generation, bytes) = (data.generation().id, offset..offset + len);
+                if !fetch.is_present(generation, bytes.clone()) {
+                    return Some((at, generation, bytes));
+                }
+            }
+            at += len;
+        }
+        None
     }
 
     fn read<'b>(&self, offset: u64, len: usize, buffer: &'b mut Vec<u8>) -> Result<&'b [u8], Error> {

@@ -8,6 +8,7 @@
 //! - the one that called [`Pager::serve`] waits for the end: of the VMM, of the need for it, or by request;
 //! - the *reader* takes events off the descriptor and serves the faults itself, the faulted page first and its neighbours
 //!   after it, and looks for new faults between any two copies;
+//! - the *fetchers* wait for pages that are not in their files yet ([`Fetch`]), where there may be such;
 //! - the *helpers* take what the reader has no time for, and then the pages a resume like this one needed last time
 //!   ([`WorkingSet`]).
 //!
@@ -23,6 +24,7 @@
 
 mod bitmap;
 mod crew;
+mod fetch;
 mod fill;
 pub mod handshake;
 mod peer;
@@ -34,6 +36,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use fetch::{Fetch, FetchError};
 pub use serve::Pager;
 pub use uffd::AdoptError;
 pub use working_set::{Error as WorkingSetError, WorkingSet};
@@ -142,6 +145,14 @@ pub enum Error {
         #[source]
         source: snapshot::OpenError,
     },
+    /// A stored page is not in its file yet, and did not come.
+    #[error("fetch the page of guest memory at {offset:#x}")]
+    Fetch {
+        /// Where in guest memory.
+        offset: u64,
+        #[source]
+        source: FetchError,
+    },
     /// The kernel did not take a page.
     #[error("fill the page of guest memory at {offset:#x}")]
     Fill {
@@ -159,7 +170,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the process exits with: 10 for the snapshot, 11 for the host's side, 12 for what the VMM did.
+    /// What the process exits with: 10 for the snapshot, 11 for the host's side, 12 for what the VMM did, 13 for what did
+    /// not come from elsewhere.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Open(_) | Self::Read { .. } => 10,
@@ -178,6 +190,7 @@ impl Error {
             | Self::Descriptor(_)
             | Self::Outside(_)
             | Self::Unexpected { .. } => 12,
+            Self::Fetch { .. } => 13,
         }
     }
 }

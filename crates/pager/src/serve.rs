@@ -1,6 +1,7 @@
 //! One pager's life: listen, take the handshake, watch over the threads that serve.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -11,7 +12,7 @@ use crate::crew::Crew;
 use crate::fill::Guest;
 use crate::peer::{Listener, Peer, Wait, Waited, timeout};
 use crate::working_set::{Recorder, WorkingSet};
-use crate::{Config, Ended, Error, WorkingSetError};
+use crate::{Config, Ended, Error, Fetch, WorkingSetError};
 
 /// A pager that listens for its VMM.
 #[derive(Debug)]
@@ -19,6 +20,7 @@ pub struct Pager {
     config: Config,
     snapshot: Snapshot,
     listener: Listener,
+    fetch: Option<Arc<dyn Fetch>>,
 }
 
 impl Pager {
@@ -26,13 +28,18 @@ impl Pager {
     pub fn listen(config: Config) -> Result<Self, Error> {
         let snapshot = Snapshot::open(&config.generations, &config.header).map_err(Error::Open)?;
         let listener = Listener::bind(&config.socket, config.vmm_uid)?;
-        Ok(Self { config, snapshot, listener })
+        Ok(Self { config, snapshot, listener, fetch: None })
+    }
+
+    /// What brings pages that are not in the snapshot's files yet.
+    pub fn with_fetch(self, fetch: Arc<dyn Fetch>) -> Self {
+        Self { fetch: Some(fetch), ..self }
     }
 
     /// Serves until there is nothing left to serve, or `stop` can be read. The threads that served end on their own, soon
     /// after this returned.
     pub fn serve(self, stop: BorrowedFd<'_>) -> Result<Ended, Error> {
-        let Self { config, snapshot, listener } = self;
+        let Self { config, snapshot, listener, fetch: elsewhere } = self;
         let wait = || Wait { deadline: Instant::now() + config.patience, stop };
         let Waited::Came(peer) = listener.accept(config.vmm_uid, &wait())? else {
             return Ok(Ended::Stopped);
@@ -51,7 +58,7 @@ impl Pager {
             }
         });
         let recorder = config.record.is_some().then(|| Recorder::new(memory_size));
-        let crew = Crew::start(Guest::new(uffd, regions, snapshot), fetch.as_ref(), recorder)?;
+        let crew = Crew::start(Guest::new(uffd, regions, snapshot, elsewhere), fetch.as_ref(), recorder)?;
         let mut window = config.record.as_ref().map(|_| Instant::now() + config.record_for);
         let outcome = loop {
             if let Some(outcome) = crew.outcome() {

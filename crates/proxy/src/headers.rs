@@ -2,10 +2,12 @@
 
 use http::HeaderMap;
 use http::header::{
-    CONNECTION, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
+    TRANSFER_ENCODING, UPGRADE,
 };
 
-/// Removes the hop-by-hop headers, and those that `Connection` names.
+/// Removes the hop-by-hop headers, and those that `Connection` names. What every hop may say anew stays: that its client
+/// reads trailers.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
@@ -13,16 +15,26 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
+        // Whom the request is for, and how long it is, no connection decides.
+        .filter(|name| ![HOST, CONTENT_LENGTH, TE].contains(name))
         .collect();
     for name in named {
         headers.remove(name);
     }
-    for name in [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE] {
+    let reads_trailers = headers.get_all(TE).iter().any(names_trailers);
+    for name in [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE] {
         headers.remove(name);
     }
-    for name in ["keep-alive", "proxy-connection"] {
+    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
         headers.remove(name);
     }
+    if reads_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+fn names_trailers(value: &HeaderValue) -> bool {
+    value.to_str().is_ok_and(|value| value.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
 }
 
 #[cfg(test)]
@@ -33,11 +45,15 @@ mod tests {
     fn only_what_belongs_to_the_connection_goes() {
         let mut headers = HeaderMap::new();
         for (name, value) in [
-            ("connection", "keep-alive, X-Hop"),
+            ("connection", "keep-alive, X-Hop, Host, content-length, TE"),
+            ("host", "h"),
+            ("te", "gzip;q=0.5, Trailers"),
+            ("trailer", "x-sum"),
             ("x-hop", "1"),
             ("keep-alive", "timeout=5"),
             ("transfer-encoding", "chunked"),
             ("upgrade", "h2c"),
+            ("http2-settings", "AAA"),
             ("x-kept", "1"),
             ("content-length", "3"),
         ] {
@@ -46,6 +62,7 @@ mod tests {
         strip_hop_by_hop(&mut headers);
         let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
-        assert_eq!(left, ["content-length", "x-kept"]);
+        assert_eq!(left, ["content-length", "host", "te", "trailer", "x-kept"]);
+        assert_eq!(headers[TE], "trailers");
     }
 }

@@ -1,24 +1,36 @@
 //! The reverse proxy between control plane, host agent and guest: HTTP/1.1, streaming both ways, nothing decoded.
 //!
 //! One [`Upstream`] is one destination and its connection pool; dropping it closes the pool, so a destroyed capsule's
-//! connections go with it. Who may reach which destination is the caller's business, and so are paths and credentials.
+//! connections go with it. [`serve()`] is the other end: listening. [`path`] is how a host names a guest's port. Who may reach
+//! which destination is the caller's business, and so are credentials, pages for people and what becomes of a [`Tunnel`].
 
 mod dial;
+mod expect;
 mod headers;
+pub mod path;
+mod serve;
+mod upgrade;
 
+use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::HeaderValue;
 use http::uri::{Parts, PathAndQuery, Scheme};
-use http::{Request, Response, Uri, Version};
+use http::{Extensions, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
-use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Empty};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use dial::Dial;
+use dial::{Dial, Heard};
+pub use dial::{Io, Target};
+pub use serve::{Listener, Peer, serve};
+pub use upgrade::Tunnel;
 
 /// Any error of a body, from either side.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -34,35 +46,66 @@ where
     body.map_err(Into::into).boxed_unsync()
 }
 
-/// Idle connections are closed after this, below what servers in guests commonly keep them for.
+/// Idle connections to a server that is ours are closed after this.
 const IDLE: Duration = Duration::from_secs(50);
+/// And to one that is not: below the 5 seconds for which common servers keep them, so that they do not close them first.
+const STRANGERS_IDLE: Duration = Duration::from_secs(4);
+/// Headers of a request or an answer.
+const HEADERS: usize = 256;
+/// How often a request is sent anew that an idle connection had no answer to.
+const AGAIN: usize = 3;
 
 /// Why a request was not answered by the destination.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing accepts connections there.
     #[error("connecting to {0}")]
-    Connect(SocketAddr, #[source] ClientError),
+    Connect(Target, #[source] ClientError),
+    /// The connection was reset before a single byte came out of it: something accepted it, but no server.
+    #[error("nobody listens at {0}")]
+    Nobody(Target, #[source] ClientError),
     /// The connection broke, or what came was not HTTP.
     #[error("waiting for the answer of {0}")]
-    Exchange(SocketAddr, #[source] ClientError),
+    Exchange(Target, #[source] ClientError),
+    /// The connection became another protocol's, which nobody had asked for.
+    #[error("{0} changes the protocol unasked")]
+    Switched(Target),
+}
+
+/// What a destination said.
+pub enum Answer {
+    /// An answer, whose body is on its way.
+    Whole(Response<BoxBody>),
+    /// The 101 that is to be sent to the client, and what is to be carried from then on.
+    Upgraded(Response<BoxBody>, Tunnel),
 }
 
 /// One destination and its connections. Clones share the connections.
 #[derive(Clone)]
 pub struct Upstream {
-    address: SocketAddr,
+    target: Arc<Target>,
     client: Client<Dial, BoxBody>,
 }
 
 impl Upstream {
-    /// A destination; nothing is dialled yet.
-    pub fn new(address: SocketAddr) -> Self {
+    /// A server of ours; nothing is dialled yet.
+    pub fn new(target: impl Into<Target>) -> Self {
+        Self::keeping(target.into(), IDLE)
+    }
+
+    /// Anyone's server; nothing is dialled yet.
+    pub fn strangers(address: SocketAddr) -> Self {
+        Self::keeping(address.into(), STRANGERS_IDLE)
+    }
+
+    fn keeping(target: Target, idle: Duration) -> Self {
+        let target = Arc::new(target);
         let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(IDLE)
+            .pool_idle_timeout(idle)
             .pool_timer(TokioTimer::new())
-            .build(Dial(address));
-        Self { address, client }
+            .http1_max_headers(HEADERS)
+            .build(Dial(target.clone()));
+        Self { target, client }
     }
 
     /// Sends the request to this destination under the path and query of `request` as it stands, and hands back the
@@ -71,20 +114,117 @@ impl Upstream {
         headers::strip_hop_by_hop(request.headers_mut());
         *request.version_mut() = Version::HTTP_11;
         *request.uri_mut() = self.absolute(request.uri());
-        let response = self.client.request(request).await.map_err(|source| match source.is_connect() {
-            true => Error::Connect(self.address, source),
-            false => Error::Exchange(self.address, source),
-        })?;
-        let mut response = response.map(boxed);
+        let mut response = self.send(request).await?.map(boxed);
         headers::strip_hop_by_hop(response.headers_mut());
         Ok(response)
     }
 
+    /// The same, for requests that may want their connection to become another protocol's, that may expect to be told to go
+    /// on, and that are sent anew where a connection that was kept turns out to be closed and nothing is lost by it.
+    pub async fn exchange(&self, request: Request<BoxBody>) -> Result<Answer, Error> {
+        let (mut parts, body) = request.into_parts();
+        let is_empty = body.is_end_stream();
+        let client: Option<OnUpgrade> = parts.extensions.remove();
+        let protocol = upgrade::wanted(&parts, !is_empty).filter(|_| client.is_some());
+        headers::strip_hop_by_hop(&mut parts.headers);
+        if let Some(protocol) = &protocol {
+            upgrade::restore(&mut parts.headers, protocol.clone());
+        }
+        parts.version = Version::HTTP_11;
+        parts.uri = self.absolute(&parts.uri);
+        // What the server before us knows of its connection is not for the next.
+        parts.extensions = Extensions::new();
+        let may_repeat =
+            is_empty && protocol.is_none() && [Method::GET, Method::HEAD, Method::OPTIONS].contains(&parts.method);
+        let mut body = Some(body);
+        let mut left = if may_repeat { AGAIN } else { 0 };
+        let mut response = loop {
+            let body = body.take().unwrap_or_else(|| boxed(Empty::new()));
+            match self.send(expect::honoured(Request::from_parts(parts.clone(), body))).await {
+                Err(Error::Exchange(_, error)) if left > 0 && was_closed(&error) && !is_new(&error) => left -= 1,
+                answer => break answer?,
+            }
+        };
+        let destination = hyper::upgrade::on(&mut response);
+        let (mut parts, body) = response.into_parts();
+        let said = parts.headers.get(http::header::UPGRADE).cloned();
+        headers::strip_hop_by_hop(&mut parts.headers);
+        if parts.status != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(Answer::Whole(Response::from_parts(parts, boxed(body))));
+        }
+        let (Some(client), Some(asked)) = (client, protocol) else {
+            return Err(Error::Switched((*self.target).clone()));
+        };
+        upgrade::restore(&mut parts.headers, said.unwrap_or(asked));
+        let head = Response::from_parts(parts, boxed(Empty::new()));
+        Ok(Answer::Upgraded(head, Tunnel { client, destination }))
+    }
+
+    async fn send(&self, request: Request<BoxBody>) -> Result<Response<hyper::body::Incoming>, Error> {
+        self.client.request(request).await.map_err(|source| {
+            let target = (*self.target).clone();
+            if source.is_connect() {
+                Error::Connect(target, source)
+            } else if is_new(&source) && was_reset(&source) {
+                Error::Nobody(target, source)
+            } else {
+                Error::Exchange(target, source)
+            }
+        })
+    }
+
     fn absolute(&self, uri: &Uri) -> Uri {
+        let authority = match &*self.target {
+            Target::Address(address) => address.to_string().parse().ok(),
+            Target::Name(name) => name.parse().ok(),
+            // A socket file has no name on the wire, so any host stands for it.
+            Target::Socket(_) => None,
+        };
         let mut parts = Parts::default();
         parts.scheme = Some(Scheme::HTTP);
-        parts.authority = self.address.to_string().parse().ok();
+        parts.authority = authority.or_else(|| "host".parse().ok());
         parts.path_and_query = uri.path_and_query().cloned().or(Some(PathAndQuery::from_static("/")));
         Uri::from_parts(parts).expect("scheme, authority and path are all there")
     }
+}
+
+/// A raw connection to a destination.
+pub async fn connect(target: &Target) -> io::Result<Box<dyn Io>> {
+    dial::dial(target).await
+}
+
+/// The 101 with which a server agrees to `protocol`, and the client's end of the connection, if that is what the request
+/// wants.
+pub fn accept_upgrade<B>(request: &mut Request<B>, protocol: &'static str) -> Option<(Response<BoxBody>, OnUpgrade)> {
+    let asked = request.headers().get(http::header::UPGRADE)?.as_bytes();
+    let client: OnUpgrade =
+        if asked.eq_ignore_ascii_case(protocol.as_bytes()) { request.extensions_mut().remove()? } else { return None };
+    let mut response = Response::new(boxed(Empty::new()));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    upgrade::restore(response.headers_mut(), HeaderValue::from_static(protocol));
+    Some((response, client))
+}
+
+/// Whether nothing had ever come out of the connection.
+fn is_new(error: &ClientError) -> bool {
+    let mut extras = Extensions::new();
+    error.connect_info().is_some_and(|connected| {
+        connected.get_extras(&mut extras);
+        extras.get::<Heard>().is_some_and(Heard::nothing)
+    })
+}
+
+fn was_reset(error: &ClientError) -> bool {
+    let kinds = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
+    causes(error).any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| kinds.contains(&error.kind())))
+}
+
+/// Whether the other end had closed the connection, in whatever way.
+fn was_closed(error: &ClientError) -> bool {
+    let ended = |cause: &hyper::Error| cause.is_incomplete_message() || cause.is_canceled() || cause.is_closed();
+    was_reset(error) || causes(error).any(|cause| cause.downcast_ref::<hyper::Error>().is_some_and(ended))
+}
+
+fn causes(error: &ClientError) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(std::error::Error::source(error), |error| error.source())
 }

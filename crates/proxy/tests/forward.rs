@@ -73,5 +73,5 @@ async fn nobody_there_is_a_connect_error() {
         .await
         .err()
         .unwrap();
-    assert!(matches!(error, Error::Connect(at, _) if at == address), "{error:?}");
+    assert!(matches!(&error, Error::Connect(at, _) if *at == address.into()), "{error:?}");
 }

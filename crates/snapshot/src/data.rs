@@ -16,6 +16,7 @@ mod tests;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -130,6 +131,12 @@ impl DataFile {
         let mut checksums = vec![0; generation.pages as usize * CHECKSUM].into_boxed_slice();
         file.read_exact_at(&mut checksums, offset_of(generation.pages)).map_err(read)?;
         Ok(Self { generation, file, checksums })
+    }
+
+    /// What of a file of `len` bytes is read when it is opened.
+    pub fn read_at_open(len: u64) -> [Range<u64>; 2] {
+        let pages = len.saturating_sub(PAGE_SIZE) / (PAGE_SIZE + CHECKSUM as u64);
+        [0..PAGE_SIZE.min(len), (PAGE_SIZE + pages * PAGE_SIZE).min(len)..len]
     }
 
     /// Which generation, and how many pages.

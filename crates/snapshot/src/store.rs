@@ -26,7 +26,7 @@ pub use error::Error;
 use references::{Pin, References, ids, lock};
 use write::Writer;
 
-use crate::data::offset_of;
+use crate::data::{DataFile, offset_of};
 use crate::open::{self, Snapshot, read_header};
 use crate::{Generation, Header, Id, PAGE_SIZE, merge};
 
@@ -170,6 +170,34 @@ impl Store {
     pub fn link(&self, from: &Path, to: &Path) -> Result<(), Error> {
         let from = self.pinned(from)?;
         self.place(to, &from.header, None).map(|_| ())
+    }
+
+    /// Takes over a memory that came from elsewhere: its header, which comes to be at `path`, and from the directory `files`
+    /// those of its generations that are not here. They are checked page by page, made durable, and stay in `files` too.
+    /// Repeatable, whatever came of it before.
+    pub fn adopt(&self, header: &Path, files: &Path, path: &Path) -> Result<(), Error> {
+        let failed = |source| Error::Open { path: header.to_owned(), source };
+        let read = read_header(header).map_err(failed)?;
+        // Before it is looked which are there: those must not be collected meanwhile.
+        let _pin = Pin::new(&self.references, &mut lock(&self.references), ids(&read));
+        for generation in read.generations() {
+            let name = generation.id.to_string();
+            let (from, to) = (files.join(&name), self.generations.join(&name));
+            if to.exists() {
+                DataFile::open(&to, *generation).map_err(Error::Generation)?;
+                continue;
+            }
+            let data = DataFile::open(&from, *generation).map_err(Error::Generation)?;
+            data.verify().map_err(Error::Generation)?;
+            data.file().sync_all().map_err(Error::write(&from))?;
+            match fs::hard_link(&from, &to) {
+                // Somebody else took over the same one.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                linked => linked.map_err(Error::write(&to))?,
+            }
+        }
+        sync_directory(&self.generations)?;
+        self.place(path, &read, None).map(|_| ())
     }
 
     /// Keeps what the header at `path` refers to now, for another process to open it: whether that finds this header or one

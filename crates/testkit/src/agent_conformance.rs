@@ -20,7 +20,7 @@ use guest_api::process::{ListRequest, ProcessConfig, StartRequest};
 /// How long a host may take for anything.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// An agent under test.
+/// An agent under test. It has an object store.
 pub struct Subject {
     pub endpoint: Endpoint,
     /// An image it has.
@@ -146,7 +146,8 @@ impl Subject {
 }
 
 fn ended(state: Option<CapsuleState>) -> bool {
-    matches!(state, None | Some(CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED))
+    use CapsuleState::{CAPSULE_STATE_FAILED, CAPSULE_STATE_HIBERNATED, CAPSULE_STATE_STOPPED};
+    matches!(state, None | Some(CAPSULE_STATE_STOPPED | CAPSULE_STATE_FAILED | CAPSULE_STATE_HIBERNATED))
 }
 
 /// Create, create again, list, touch, use, destroy, destroy again.

@@ -4,6 +4,7 @@
 
 mod guest;
 mod life;
+mod ports;
 mod service;
 
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ pub struct FakeAgent {
 pub(crate) struct Inner {
     capsules: Mutex<BTreeMap<String, Entry>>,
     templates: Mutex<BTreeMap<String, Template>>,
+    /// The object store: what hibernates.
+    stored: Mutex<BTreeMap<String, Entry>>,
     /// Whether what is under way may go on past STARTING, PAUSING and RESUMING.
     open: watch::Sender<bool>,
     /// What the next creates answer instead of working.
@@ -73,6 +76,7 @@ impl FakeAgent {
         let inner = Arc::new(Inner {
             capsules: Mutex::default(),
             templates: Mutex::default(),
+            stored: Mutex::default(),
             open: watch::Sender::new(true),
             failure: Mutex::default(),
             change_failure: Mutex::default(),
@@ -147,6 +151,16 @@ impl FakeAgent {
         self.inner.templates.lock().expect("no panics under this lock").keys().cloned().collect()
     }
 
+    /// The host has put what is paused into the object store too.
+    pub fn upload(&self, id: CapsuleId) {
+        life::upload(&self.inner, &id.to_string());
+    }
+
+    /// The capsules that the object store has.
+    pub fn stored(&self) -> Vec<String> {
+        self.inner.stored.lock().expect("no panics under this lock").keys().cloned().collect()
+    }
+
     /// The capsule ends by itself.
     pub fn end(&self, id: CapsuleId, state: CapsuleState, reason: &str) {
         self.inner.change(&id.to_string(), state, reason);
@@ -166,7 +180,12 @@ impl FakeAgent {
     /// The ids of capsules that hold anything: every one that has not ended.
     pub fn alive(&self) -> Vec<String> {
         let alive = |state: &CapsuleState| {
-            !matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
+            !matches!(
+                state,
+                CapsuleState::CAPSULE_STATE_STOPPED
+                    | CapsuleState::CAPSULE_STATE_FAILED
+                    | CapsuleState::CAPSULE_STATE_HIBERNATED
+            )
         };
         let capsules = self.inner.capsules();
         capsules
@@ -217,6 +236,8 @@ where
     let rpc = Arc::new(service::Service(inner.clone())).register(connectrpc::Router::new());
     let router = axum::Router::new()
         .route("/guest/{id}/{*path}", axum::routing::any(guest))
+        .route("/proxy/{*path}", axum::routing::any(ports::forward))
+        .route("/tcp/{id}/{port}", axum::routing::any(ports::tcp))
         .with_state(inner.clone())
         .fallback_service(rpc.into_axum_service());
     let counted = inner.clone();
@@ -253,7 +274,8 @@ impl Inner {
             entry.capsule.state = state.into();
             entry.capsule.generation += 1;
             entry.capsule.reason = reason.into();
-            if matches!(state, CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED) {
+            entry.capsule.uploaded = false;
+            if life::ended(&entry.capsule) {
                 entry.guest = None;
             }
         }

@@ -7,6 +7,8 @@
 pub mod agent_conformance;
 pub mod fake_agent;
 pub mod postgres;
+pub mod s3;
 
 pub use fake_agent::FakeAgent;
 pub use postgres::Postgres;
+pub use s3::S3;

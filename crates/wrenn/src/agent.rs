@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use ::agent::Agent;
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 use crate::images::Images;
 use crate::terminal::{Progress, interrupted};
 use crate::{images, up, vmm_choice};
+
+/// How long a shutdown waits for exchanges that are under way.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Runs the host agent alone. Stopping it leaves its capsules running, for the next one to take over.
 #[derive(Debug, Args)]
@@ -27,6 +31,15 @@ pub struct AgentCommand {
     /// The VMM to use in place of the one that fits this machine.
     #[arg(long, env = "WRENN_VMM")]
     vmm: Option<PathBuf>,
+    /// Where what is paused goes too, so that any host can resume it: s3://bucket/prefix (with the usual AWS_* variables)
+    /// or file:///path. Without it nothing is uploaded.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
+    objects: Option<::objects::Config>,
+}
+
+/// An object store's address, with what the environment says to it.
+pub fn objects(address: &str) -> Result<::objects::Config, ::objects::Error> {
+    ::objects::Config::parse(address, std::env::vars())
 }
 
 impl AgentCommand {
@@ -37,28 +50,36 @@ impl AgentCommand {
         }
         let progress = Progress::new(false);
         let dir = up::prepare_dir(&self.dir)?;
-        let _lock = up::lock(&dir)?;
+        let _lock = up::lock(&dir).await?;
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images)?;
+        let config = config(dir, choice.binary, images, self.objects)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
         let shutdown = CancellationToken::new();
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
-        let server = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-        let server = tokio::spawn(server.into_future());
+        let mut server = tokio::spawn(proxy::serve(listener, agent.router(), shutdown.clone().cancelled_owned()));
         interrupted().await?;
         shutdown.cancel();
-        server.await?.context("the agent's listener")?;
+        // Streams that have no end of their own are cut; what they are about goes on in its capsule.
+        match tokio::time::timeout(GRACE, &mut server).await {
+            Ok(ended) => ended.context("the agent's listener")?,
+            Err(_) => server.abort(),
+        }
         forget.await?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
 /// How an agent is set up whose VMM and images were found. This same program serves the memory of resumed capsules.
-pub fn config(dir: PathBuf, vmm: PathBuf, images: Images) -> Result<::agent::Config> {
+pub fn config(
+    dir: PathBuf,
+    vmm: PathBuf,
+    images: Images,
+    objects: Option<::objects::Config>,
+) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(::agent::Config {
         dir,
@@ -66,6 +87,7 @@ pub fn config(dir: PathBuf, vmm: PathBuf, images: Images) -> Result<::agent::Con
         kernel: images.kernel,
         templates: images.templates,
         pager: (program, vec!["pager".into()]),
+        objects,
         boot_snapshots: Some(::agent::Sizes {
             vcpus: limits::DEFAULT_VCPUS,
             memory_mib: limits::DEFAULT_MEMORY_MB,

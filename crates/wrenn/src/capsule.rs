@@ -9,11 +9,13 @@ mod kill;
 mod list;
 mod logs;
 mod pause;
+mod port_forward;
 mod ps;
 mod rm;
 mod shell;
 mod snapshot;
 mod stdio;
+mod url;
 
 use std::process::ExitCode;
 
@@ -46,9 +48,12 @@ enum Verb {
     Kill(kill::Kill),
     Logs(logs::Logs),
     Pause(pause::Pause),
+    Hibernate(pause::Hibernate),
     Resume(pause::Resume),
     Fork(fork::Fork),
     Snapshot(snapshot::Snapshot),
+    Url(url::Url),
+    PortForward(port_forward::PortForward),
     Rm(rm::Rm),
 }
 
@@ -70,9 +75,12 @@ impl CapsuleCommand {
             Verb::Kill(kill) => kill.run(&client).await,
             Verb::Logs(logs) => logs.run(&client).await,
             Verb::Pause(pause) => pause.run(&client, self.json).await,
+            Verb::Hibernate(hibernate) => hibernate.run(&client, self.json).await,
             Verb::Resume(resume) => resume.run(&client, self.json).await,
             Verb::Fork(fork) => fork.run(&client, self.json).await,
             Verb::Snapshot(snapshot) => snapshot.run(&client, self.json).await,
+            Verb::Url(url) => url.run(&client, self.json),
+            Verb::PortForward(forward) => forward.run(&client).await,
             Verb::Rm(rm) => rm.run(&client, self.json).await,
         }
     }
@@ -144,6 +152,9 @@ mod tests {
         assert!(parses(&["cp", "-", &format!("{ID}:/x")]) && !parses(&["cp", "a"]) && !parses(&["cp", "cl-1:/x", "a"]));
         assert!(parses(&["kill", ID, "7", "tag", "-s", "SIGTERM"]) && !parses(&["kill", ID, "7", "-s", "TERM"]));
         assert!(parses(&["logs", "-f", ID, "7"]) && !parses(&["logs", ID]) && parses(&["ps", ID]));
+        assert!(parses(&["url", ID, "8000"]) && !parses(&["url", ID, "0"]) && !parses(&["url", ID]));
+        assert!(parses(&["port-forward", ID, "8000", "9000:80", "--address", "0.0.0.0"]));
+        assert!(!parses(&["port-forward", ID]) && !parses(&["port-forward", ID, "1:2:3"]));
         // 2^128, which is no id.
         assert!(!parses(&["rm", "cl-f5lxx1zz5pnorynqglhzmsp34"]));
         assert_eq!(pair("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));

@@ -1,5 +1,7 @@
 //! `wrenn pager`: the page server of one resumed capsule, started by the agent and not by people.
 
+mod remote;
+
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -17,7 +19,8 @@ use crate::terminal;
 /// Serves the memory of one resumed microVM until it is all there, the VMM is gone, or SIGTERM. Says `ready` on standard
 /// output when the VMM can connect, and at the end which of the three it was: `whole`, `vmm gone` or `stopped`. Exits with
 /// 0, or when the microVM has to be ended: with 10 if the snapshot is damaged, 11 if the host failed, 12 if the VMM
-/// misbehaved.
+/// misbehaved, 13 if memory that was needed did not come from the object store. All of that memory is fetched sooner or
+/// later: then it says `fetched`, or `incomplete` if some cannot be had.
 #[derive(Debug, Args)]
 pub struct PagerCommand {
     /// Where to listen for the VMM.
@@ -29,6 +32,15 @@ pub struct PagerCommand {
     /// The directory of the snapshot's generations.
     #[arg(long)]
     generations: PathBuf,
+    /// The object store that has what is not in the generations yet. Its credentials are in the environment, as AWS_*.
+    #[arg(long, requires = "to_come")]
+    objects: Option<String>,
+    /// What is not there yet: a manifest of files beside it.
+    #[arg(long, requires = "objects")]
+    to_come: Option<PathBuf>,
+    /// How long a guest may wait for a page while the object store is out of reach.
+    #[arg(long, default_value_t = 60)]
+    fetch_seconds: u64,
     /// The user that the VMM runs as; nobody else may connect.
     #[arg(long)]
     vmm_uid: Option<u32>,
@@ -72,6 +84,12 @@ impl PagerCommand {
         signals.add(Signal::SIGTERM);
         signals.thread_block().context("blocking SIGTERM")?;
         let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("listening for SIGTERM")?;
+        let remote = match (&self.objects, &self.to_come) {
+            (Some(address), Some(to_come)) => {
+                Some(remote::open(address, to_come, Duration::from_secs(self.fetch_seconds))?)
+            }
+            _ => None,
+        };
         let pager = pager::Pager::listen(pager::Config {
             socket: self.socket,
             header: self.header,
@@ -82,8 +100,25 @@ impl PagerCommand {
             record_for: Duration::from_secs(self.record_seconds),
             patience: Duration::from_secs(self.patience_seconds),
         })?;
+        let Some(remote) = remote else {
+            say("ready");
+            return Ok(pager.serve(stop.as_fd())?);
+        };
+        let pager = pager.with_fetch(remote.clone());
         say("ready");
-        Ok(pager.serve(stop.as_fd())?)
+        let fill = std::thread::spawn(move || match remote.fill() {
+            Ok(()) => say("fetched"),
+            Err(error) => {
+                terminal::error(&error.into());
+                say("incomplete");
+            }
+        });
+        let ended = pager.serve(stop.as_fd())?;
+        if ended == Ended::Whole {
+            // The microVM has no more need of it, but the next pause builds on it.
+            let _ = fill.join();
+        }
+        Ok(ended)
     }
 }
 

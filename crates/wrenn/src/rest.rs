@@ -127,6 +127,10 @@ impl Client {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/pause")).timeout(CALL_LIMIT)).await
     }
 
+    pub async fn hibernate(&self, id: CapsuleId) -> Result<Capsule> {
+        self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/hibernate")).timeout(CALL_LIMIT)).await
+    }
+
     pub async fn resume(&self, id: CapsuleId) -> Result<Capsule> {
         self.read(self.request(Method::POST, &format!("/v1/capsules/{id}/resume")).timeout(CALL_LIMIT)).await
     }
@@ -228,6 +232,24 @@ impl Client {
         }
         let socket = answer.upgrade().await.with_context(|| format!("cannot reach {}", self.url))?;
         Ok(WebSocketStream::from_raw_socket(socket, Role::Client, None).await)
+    }
+
+    /// Opens a connection to a port of the capsule.
+    pub async fn tcp(&self, id: CapsuleId, port: u16) -> Result<Upgraded> {
+        let path = format!("/v1/capsules/{id}/ports/{port}/tcp");
+        let request = self.request(Method::GET, &path).header(CONNECTION, "Upgrade").header(UPGRADE, "tcp");
+        let answer = tokio::time::timeout(CALL_LIMIT, self.send(request))
+            .await
+            .with_context(|| format!("{} does not answer", self.url))??;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            bail!("{} does not answer as a Wrenn server does: no connection", self.url);
+        }
+        answer.upgrade().await.with_context(|| format!("cannot reach {}", self.url))
+    }
+
+    /// Where the API is.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {

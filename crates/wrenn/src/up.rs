@@ -4,6 +4,7 @@ use std::fs::{self, File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use ::agent::Agent;
 use ::control::Control;
@@ -32,6 +33,10 @@ pub struct Up {
     /// The VMM to use in place of the one that fits this machine.
     #[arg(long, env = "WRENN_VMM")]
     vmm: Option<PathBuf>,
+    /// Where what is paused goes too, so that any host can resume it: s3://bucket/prefix (with the usual AWS_* variables)
+    /// or file:///path. Without it nothing is uploaded.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
+    objects: Option<::objects::Config>,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -39,6 +44,10 @@ pub struct Up {
     #[arg(long)]
     json: bool,
 }
+
+/// How long a directory may be in use before that is an error, and the pause between two looks.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// The line that says that all is ready.
 #[derive(Serialize)]
@@ -54,14 +63,14 @@ impl Up {
     pub async fn run(self) -> Result<ExitCode> {
         let progress = Progress::new(self.json);
         let dir = prepare_dir(&self.dir)?;
-        let _lock = lock(&dir)?;
+        let _lock = lock(&dir).await?;
 
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(dir.clone(), choice.binary, images)?;
+        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -84,11 +93,8 @@ impl Up {
         let api_key = api_key(&dir, &control).await?;
 
         let shutdown = CancellationToken::new();
-        let agent_server = tokio::spawn(
-            axum::serve(agent_listener, agent.router())
-                .with_graceful_shutdown(shutdown.clone().cancelled_owned())
-                .into_future(),
-        );
+        let agent_server =
+            tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
         let control_server = tokio::spawn(async move { control.run(listener, stop).await });
@@ -109,7 +115,7 @@ impl Up {
         };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;
-        agent_server.await?.context("the agent's listener")?;
+        agent_server.await.context("the agent's listener")?;
         forget.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
@@ -131,15 +137,25 @@ pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
     Ok(dir.canonicalize()?)
 }
 
-/// Holds the directory for this process alone. The kernel lets go when it ends, however it ends.
-pub fn lock(dir: &Path) -> Result<File> {
+/// Holds the directory for this process alone. The kernel lets go when it ends, however it ends; of one that was killed
+/// while it started a VMM, a child may hold it for a moment longer.
+pub async fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another wrenn uses {}; give this one its own --dir", dir.display()),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    let locked = async {
+        loop {
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) => tokio::time::sleep(LOCK_PAUSE).await,
+                Err(TryLockError::Error(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+    };
+    match tokio::time::timeout(LOCK_LIMIT, locked).await {
+        Ok(locked) => locked.with_context(|| format!("locking {}", path.display()))?,
+        Err(_) => bail!("another wrenn uses {}; give this one its own --dir", dir.display()),
     }
+    Ok(file)
 }
 
 /// A socket that only root reaches, whatever an earlier run left in its place.

@@ -214,6 +214,9 @@ fn capsule(status: Status) -> Json<Capsule> {
         started_at: None,
         last_active_at: None,
         last_updated: Default::default(),
+        auto_resume: false,
+        allow_public_traffic: true,
+        traffic_access_token: None,
         metadata: Default::default(),
         reason: None,
     })

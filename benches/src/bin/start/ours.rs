@@ -146,6 +146,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"])?)].into(),
         pager: (std::env::current_exe()?.with_file_name("wrenn"), vec!["pager".into()]),
         // What is measured here is a boot.
+        objects: None,
         boot_snapshots: None,
     })
 }

@@ -1,5 +1,7 @@
 //! The driver: the one task that owns a capsule from its first record to its end.
 
+mod stored;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -41,6 +43,10 @@ struct Driver {
     traffic: Arc<Traffic>,
     /// Rewrites the capsule's memory into fewer generations.
     merge: Option<(Arc<AtomicBool>, tokio::task::JoinHandle<()>)>,
+    /// Puts what is paused into the object store.
+    upload: Option<tokio::task::JoinHandle<u32>>,
+    /// Before that a memory that has come is not taken over.
+    complete_after: Option<tokio::time::Instant>,
     /// Last, so that it is dropped last: who sees it closed knows that `host` is let go.
     observed: watch::Sender<Observed>,
 }
@@ -92,6 +98,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
         host_ip: record.slot.map(|slot| slot.host_ip()),
         versions: record.versions.clone(),
         guest: None,
+        is_uploaded: state == CapsuleState::Paused && record.is_uploaded(),
     });
     let destroyed = CancellationToken::new();
     let traffic = Arc::new(Traffic::default());
@@ -102,7 +109,18 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
         destroyed: destroyed.clone(),
         observed: observed_receiver,
     };
-    (handle, Driver { host, journal, commands, destroyed, traffic, merge: None, observed })
+    let driver = Driver {
+        host,
+        journal,
+        commands,
+        destroyed,
+        traffic,
+        merge: None,
+        upload: None,
+        complete_after: None,
+        observed,
+    };
+    (handle, driver)
 }
 
 impl Driver {
@@ -178,7 +196,10 @@ impl Driver {
             };
             life = match next {
                 Some(life) => life,
-                None => return self.stop_merge().await,
+                None => {
+                    self.stop_upload().await;
+                    return self.stop_merge().await;
+                }
             };
             if self.destroyed.is_cancelled() {
                 return self.end(CapsuleState::Stopped, "destroyed".into()).await;
@@ -199,8 +220,10 @@ impl Driver {
             biased;
             () = self.destroyed.cancelled() => Some(Life::Running(running)),
             exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
-            exit = pager_lost(running.pager.as_ref(), self.journal.dir()) => {
-                self.fail(format!("the process that serves its memory ended by itself ({exit})")).await
+            exit = pager_lost(running.pager.as_ref(), self.journal.dir()) => self.fail(start::pager_reason(exit)).await,
+            () = self.memory_arrived() => {
+                self.complete().await;
+                Some(Life::Running(running))
             }
             command = self.commands.recv() => match command {
                 Some(Command::Pause(done)) => self.pause(running, None, done).await,
@@ -209,6 +232,10 @@ impl Driver {
                     Some(Life::Running(running))
                 }
                 Some(Command::Capture(dest, done)) => self.capture(running, &dest, done).await,
+                Some(Command::Hibernate(done)) => {
+                    let _ = done.send(Err(Refused::NotPaused));
+                    Some(Life::Running(running))
+                }
                 // Every handle is gone: the agent stops, and the capsule outlives it.
                 None => None,
             },
@@ -221,15 +248,21 @@ impl Driver {
 
     /// Waits while the capsule is paused.
     async fn lie(&mut self) -> Option<Life> {
+        self.start_upload();
         tokio::select! {
             biased;
             () = self.destroyed.cancelled() => Some(Life::Paused),
+            number = stored::upload_done(&mut self.upload) => {
+                self.uploaded(number);
+                Some(Life::Paused)
+            }
             command = self.commands.recv() => match command {
                 Some(Command::Pause(done)) => {
                     let _ = done.send(Ok(()));
                     Some(Life::Paused)
                 }
                 Some(Command::Resume(done)) => Some(self.resume(done).await),
+                Some(Command::Hibernate(done)) => self.hibernate(done).await,
                 Some(Command::Capture(_, done)) => {
                     let _ = done.send(Err(Refused::NotRunning));
                     Some(Life::Paused)
@@ -247,6 +280,13 @@ impl Driver {
         done: oneshot::Sender<Result<(), Refused>>,
     ) -> Option<Life> {
         let id = self.journal.record().spec.id;
+        if let Err(error) = self.make_whole(&running).await {
+            let failed = save::Failed { error: save::Error::Remote(error), goes_on: true };
+            warn!(capsule = %id, error = crate::chain(&failed), "it cannot be paused yet");
+            self.publish_running(&running);
+            let _ = done.send(Err(Refused::Save(failed)));
+            return Some(Life::Running(running));
+        }
         self.publish(CapsuleState::Pausing, String::new());
         if reason.is_some() && self.traffic.open() > 0 {
             // Something came in time after all.
@@ -304,6 +344,8 @@ impl Driver {
     /// Brings a paused capsule back. When that fails it is paused as before.
     async fn resume(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Life {
         let id = self.journal.record().spec.id;
+        // It reads the disk, which the guest is about to write.
+        self.stop_upload().await;
         self.publish(CapsuleState::Resuming, String::new());
         if self.journal.record().phase != Phase::Paused {
             // A resume before this one could not be undone then.
@@ -354,6 +396,10 @@ impl Driver {
         dest: &Path,
         done: oneshot::Sender<Result<(String, Record), Refused>>,
     ) -> Option<Life> {
+        if let Err(error) = self.make_whole(&running).await {
+            let _ = done.send(Err(Refused::Save(save::Failed { error: save::Error::Remote(error), goes_on: true })));
+            return Some(Life::Running(running));
+        }
         let watch = Watch::over(&self.host, &self.journal, &running);
         let (captured, lost) = watch.during(save::capture(&self.host, &mut self.journal, &running, dest)).await;
         match captured {
@@ -390,7 +436,11 @@ impl Driver {
             // It works on a header that is not there any more.
             stop.store(true, Ordering::Relaxed);
         }
-        let Base::Snapshot(saved) = &self.journal.record().base else { return };
+        let record = self.journal.record();
+        let Base::Snapshot(saved) = &record.base else { return };
+        if record.is_remote {
+            return;
+        }
         let (memory, header) = (self.host.memory.clone(), self.journal.dir().join(files::memory(saved.number)));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -441,6 +491,7 @@ impl Driver {
             observed.host_ip = record.slot.map(|slot| slot.host_ip());
             observed.versions = record.versions.clone();
             observed.guest = guest;
+            observed.is_uploaded = state == CapsuleState::Paused && record.is_uploaded();
         });
     }
 
@@ -454,6 +505,7 @@ impl Driver {
     /// Gives everything back and publishes the last state.
     async fn end(&mut self, last: CapsuleState, reason: String) {
         let id = self.journal.record().spec.id;
+        self.stop_upload().await;
         self.stop_merge().await;
         if let Err(error) = self.journal.update(|record| record.phase = Phase::Stopping) {
             // The release needs no record; a restarted agent would only take a dying capsule for a live one.

@@ -5,6 +5,8 @@
 //! memory-N  state-N                                                           its snapshot N: header, VMM's state
 //! disk-N                                                                      snapshot N's disk, while a resume from
 //!                                                                             it has not succeeded
+//! remote/memory  remote/files  remote/ID                                      header, missing files and generations of a
+//!                                                                             memory that has not all come yet
 //! point.json  memory  state  rootfs.ext4                                      of a point
 //! ```
 
@@ -29,6 +31,11 @@ pub const PAGER_SOCKET: &str = "pager.sock";
 pub const MEMORY: &str = "memory";
 /// A point's VMM state.
 pub const STATE: &str = "state";
+
+/// The directory of a memory that has not all come yet.
+pub const REMOTE: &str = "remote";
+/// What in it has to come, as a manifest.
+pub const REMOTE_FILES: &str = "files";
 
 /// The name of a snapshot's header.
 pub fn memory(number: u32) -> String {

@@ -6,20 +6,22 @@
 //!                  │        │ │ └─ pausing ──► paused ◄──┘
 //!                  │        │ └ VMM or pager died ──┐  │
 //!                  └ a step failed ──► stopping ◄───┴──┘ destroy
-//!                                         └► stopped | failed(reason)
+//!                  hibernate, from paused ──┘└► stopped | failed(reason) | hibernated
 //! ```
 //!
 //! What a start acquires is named in the capsule's record before it is acquired, and one function, [`release::release`],
 //! gives back whatever a record names. A failed start, a destroy and a restarted agent all end there.
 //!
 //! A pause is one rename of the record ([`save`]), a resume that fails leaves the pause as it was ([`start`]), and what a
-//! killed agent leaves is either of the two ([`recover`]).
+//! killed agent leaves is either of the two ([`recover`]). What is paused may go to an object store, and come from there
+//! ([`remote`]).
 
 pub mod driver;
 pub mod files;
 pub mod record;
 pub mod recover;
 pub mod release;
+pub mod remote;
 pub mod save;
 pub mod start;
 mod traffic;
@@ -37,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::guest::Guest;
 use record::Record;
-pub use traffic::{Cut, Traffic};
+pub use traffic::{Cut, Open, Traffic};
 
 /// What a capsule is made from; it never changes while the capsule lives.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,12 +79,14 @@ pub struct Observed {
     pub versions: BTreeMap<String, String>,
     /// The way into the guest while it runs.
     pub guest: Option<Arc<Guest>>,
+    /// Whether the object store has it too. Only while it is paused.
+    pub is_uploaded: bool,
 }
 
 impl Observed {
     /// True when nothing of the capsule is left on this host.
     pub fn has_ended(&self) -> bool {
-        matches!(self.state, CapsuleState::Stopped | CapsuleState::Failed)
+        matches!(self.state, CapsuleState::Stopped | CapsuleState::Failed | CapsuleState::Hibernated)
     }
 }
 
@@ -92,6 +96,8 @@ pub enum Command {
     Pause(oneshot::Sender<Result<(), Refused>>),
     /// Let it go on.
     Resume(oneshot::Sender<Result<(), Refused>>),
+    /// Give back what a paused capsule takes here, once the object store has it.
+    Hibernate(oneshot::Sender<Result<(), Refused>>),
     /// Write what it is now into an empty directory, as a point. Answers with the digest of the state file.
     Capture(PathBuf, oneshot::Sender<Result<(String, Record), Refused>>),
 }
@@ -105,6 +111,12 @@ pub enum Refused {
     /// It is paused.
     #[error("the capsule does not run")]
     NotRunning,
+    /// It is not.
+    #[error("the capsule is not paused")]
+    NotPaused,
+    /// The object store could not be used.
+    #[error("putting the capsule into the object store")]
+    Remote(#[source] remote::Error),
     /// It could not be saved.
     #[error("saving the capsule")]
     Save(#[source] save::Failed),
@@ -148,6 +160,11 @@ impl Handle {
     /// Lets the capsule go on; success when it runs.
     pub async fn resume(&self) -> Result<(), Refused> {
         self.ask(Command::Resume).await
+    }
+
+    /// Gives back what the paused capsule takes here; success when the object store has it and this host has not.
+    pub async fn hibernate(&self) -> Result<(), Refused> {
+        self.ask(Command::Hibernate).await
     }
 
     /// Writes what the capsule is now into `dest`, an empty directory; the digest of its state file, and its record.

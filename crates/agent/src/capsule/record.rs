@@ -80,6 +80,22 @@ pub struct Record {
     pub snapshots: u32,
     /// What the next snapshot adds to.
     pub base: Base,
+    /// The file name of the image under its disk, whose name says its content.
+    #[serde(default)]
+    pub image: Option<String>,
+    /// The snapshot of it that the object store has.
+    #[serde(default)]
+    pub uploaded: Option<u32>,
+    /// Some of its memory is still in the object store; see [`super::remote`].
+    #[serde(default)]
+    pub is_remote: bool,
+}
+
+impl Record {
+    /// Whether the object store has what it is paused as.
+    pub fn is_uploaded(&self) -> bool {
+        matches!(&self.base, Base::Snapshot(saved) if self.uploaded == Some(saved.number))
+    }
 }
 
 /// A record and the directory it lies in.
@@ -92,7 +108,6 @@ pub struct Journal {
 impl Journal {
     /// Makes the capsule's directory and its first record. `AlreadyExists` when the directory is there.
     pub fn create(dir: PathBuf, spec: Spec, token: String) -> io::Result<Self> {
-        std::fs::create_dir(&dir)?;
         let record = Record {
             spec,
             generation: 1,
@@ -104,7 +119,16 @@ impl Journal {
             versions: BTreeMap::new(),
             snapshots: 0,
             base: Base::Boot,
+            image: None,
+            uploaded: None,
+            is_remote: false,
         };
+        Self::create_with(dir, record)
+    }
+
+    /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there.
+    pub fn create_with(dir: PathBuf, record: Record) -> io::Result<Self> {
+        std::fs::create_dir(&dir)?;
         let journal = Self { dir, record };
         journal.write(false)?;
         Ok(journal)

@@ -25,7 +25,7 @@ use super::driver::{spawn_adopted, spawn_paused};
 use super::record::{Base, Journal, Phase, Saved};
 use super::release::{release, stop};
 use super::start::{Running, is_whole};
-use super::{Handle, files};
+use super::{Handle, files, remote};
 use crate::guest::Guest;
 use crate::host::{Host, collect};
 use crate::point;
@@ -98,6 +98,7 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
             Base::Boot | Base::Lost => None,
         };
         files::tidy(&host.memory, journal.dir(), keep);
+        remote::tidy(journal);
     }
     for entry in std::fs::read_dir(host.passing_all()).map_err(Error::Read)? {
         point::discard(&host.memory, &entry.map_err(Error::Read)?.path());

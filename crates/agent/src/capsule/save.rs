@@ -37,6 +37,9 @@ pub enum Error {
     /// The memory could not be stored.
     #[error("storing the memory")]
     Memory(#[source] snapshot::Error),
+    /// Some of its memory is still in the object store.
+    #[error("waiting for the rest of its memory")]
+    Remote(#[source] super::remote::Error),
     /// The disk could not be shared.
     #[error("cloning the root disk")]
     Disk(#[source] disk::Error),

@@ -28,6 +28,8 @@ const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 const READY_PAUSE: Duration = Duration::from_millis(1);
 /// What a pager exits with when the snapshot is of no use.
 const PAGER_DAMAGED: Exit = Exit::Code(10);
+/// What a pager exits with when memory did not come from the object store.
+const PAGER_STARVED: Exit = Exit::Code(13);
 
 /// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
@@ -82,6 +84,9 @@ pub enum Error {
     /// The pager could not be started.
     #[error("starting the pager")]
     Pager(#[source] vmm::process::Error),
+    /// Some of its memory is in an object store, and this host is not told of one.
+    #[error("its memory is in an object store, and this host has none")]
+    NoObjects,
     /// The VMM refused what it was asked.
     #[error("configuring the VMM")]
     Configure(#[source] vmm::client::Error),
@@ -128,6 +133,7 @@ impl Error {
             | Self::Cgroup(_)
             | Self::Launch(_)
             | Self::Pager(_)
+            | Self::NoObjects
             | Self::Cancelled => false,
         }
     }
@@ -185,7 +191,16 @@ pub fn is_whole(dir: &Path) -> bool {
     has_said(dir, "whole")
 }
 
-fn has_said(dir: &Path, word: &str) -> bool {
+/// What is told of a capsule whose pager ended though it is needed.
+pub fn pager_reason(exit: Exit) -> String {
+    match exit {
+        PAGER_STARVED => "memory that it needed did not come from the object store".into(),
+        exit => format!("the process that serves its memory ended by itself ({exit})"),
+    }
+}
+
+/// Whether the pager of the capsule in `dir` has said that.
+pub fn has_said(dir: &Path, word: &str) -> bool {
     std::fs::read_to_string(dir.join(files::PAGER_LOG)).is_ok_and(|log| log.lines().any(|line| line == word))
 }
 
@@ -207,8 +222,7 @@ pub async fn start(
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
 
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (process, placed) =
-        tokio::join!(launch(host, &spec, &dir, slot), place(host, &spec, &dir, origin, &journal.record().base));
+    let (process, placed) = tokio::join!(launch(host, &spec, &dir, slot), place(host, &dir, origin, journal.record()));
     let (process, Placed { saved, pager }) = (process?, placed?);
     let recorded = journal.update(|record| {
         record.vmm = Some(process.identity());
@@ -216,6 +230,11 @@ pub async fn start(
         if let Some(saved) = &saved {
             record.snapshots = record.snapshots.max(saved.number);
             record.base = Base::Snapshot(saved.clone());
+        }
+        match origin {
+            Origin::Image => record.image = host.images.get(&record.spec.image).and_then(|image| file_name(image)),
+            Origin::Boot(point) | Origin::Point(point) => record.image = point.meta.image.clone(),
+            Origin::Pause => {}
         }
     });
     recorded.map_err(Error::Record)?;
@@ -285,7 +304,8 @@ struct Placed {
 }
 
 /// Puts what the capsule begins from into its directory, and starts the pager where there is memory to serve.
-async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &Base) -> Result<Placed, Error> {
+async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> Result<Placed, Error> {
+    let Record { spec, base, .. } = record;
     let rootfs = dir.join(files::DISK);
     let saved = match origin {
         Origin::Image => {
@@ -318,10 +338,15 @@ async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &
         }
     };
     debug!(capsule = %spec.id, "snapshot placed");
+    if record.is_remote {
+        check_state(dir, &saved).await?;
+        let pager = pager(host, spec, dir, Served::Remote).await?;
+        return Ok(Placed { saved: Some(saved), pager: Some(pager) });
+    }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager(host, spec, dir, saved.number).await?;
+    let pager = pager(host, spec, dir, Served::Own(saved.number)).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
@@ -330,18 +355,27 @@ async fn place(host: &Host, spec: &Spec, dir: &Path, origin: Origin<'_>, base: &
 /// Refuses a damaged snapshot before anything is begun from it. Pages are checked as they are read.
 async fn check(host: &Host, dir: &Path, saved: &Saved) -> Result<(), Error> {
     let (generations, header) = (host.memory.generations().to_owned(), dir.join(files::memory(saved.number)));
-    let (state, digest) = (dir.join(files::state(saved.number)), saved.state.clone());
-    let check = move || {
-        Snapshot::open(&generations, &header).map_err(Error::Snapshot)?;
-        match files::digest(&state) {
-            Ok(found) if found == digest => Ok(()),
-            _ => Err(Error::State),
-        }
-    };
-    blocking(check).await
+    blocking(move || Snapshot::open(&generations, &header).map(drop)).await.map_err(Error::Snapshot)?;
+    check_state(dir, saved).await
 }
 
-async fn pager(host: &Host, spec: &Spec, dir: &Path, number: u32) -> Result<Process, Error> {
+async fn check_state(dir: &Path, saved: &Saved) -> Result<(), Error> {
+    let state = dir.join(files::state(saved.number));
+    match blocking(move || files::digest(&state)).await {
+        Ok(found) if found == saved.state => Ok(()),
+        _ => Err(Error::State),
+    }
+}
+
+/// Which memory a pager serves.
+enum Served {
+    /// That of the capsule's snapshot of this number.
+    Own(u32),
+    /// That which has not all come yet.
+    Remote,
+}
+
+async fn pager(host: &Host, spec: &Spec, dir: &Path, served: Served) -> Result<Process, Error> {
     for stale in [files::PAGER_SOCKET, files::PAGER_LOG] {
         match std::fs::remove_file(dir.join(stale)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
@@ -349,7 +383,11 @@ async fn pager(host: &Host, spec: &Spec, dir: &Path, number: u32) -> Result<Proc
         }
     }
     let (binary, words) = &host.config.pager;
-    let memory = PathBuf::from(files::memory(number));
+    let (memory, generations) = match served {
+        Served::Own(number) => (PathBuf::from(files::memory(number)), host.memory.generations().to_owned()),
+        Served::Remote => (Path::new(files::REMOTE).join(files::MEMORY), PathBuf::from(files::REMOTE)),
+    };
+    let to_come = Path::new(files::REMOTE).join(files::REMOTE_FILES);
     let mut args: Vec<&std::ffi::OsStr> = words.iter().map(AsRef::as_ref).collect();
     args.extend([
         // Relative, because the address of a socket ends at 107 bytes and paths do not.
@@ -358,11 +396,17 @@ async fn pager(host: &Host, spec: &Spec, dir: &Path, number: u32) -> Result<Proc
         "--header".as_ref(),
         memory.as_os_str(),
         "--generations".as_ref(),
-        host.memory.generations().as_os_str(),
+        generations.as_os_str(),
     ]);
+    let mut environment = Vec::new();
+    if let Served::Remote = served {
+        let objects = host.config.objects.as_ref().ok_or(Error::NoObjects)?;
+        args.extend(["--objects".as_ref(), objects.address().as_ref(), "--to-come".as_ref(), to_come.as_os_str()]);
+        environment.extend(objects.environment());
+    }
     let cgroup = host.cgroup(spec.id);
     let log = dir.join(files::PAGER_LOG);
-    let companion = Companion { binary, args: &args, dir, cgroup: &cgroup, log: &log };
+    let companion = Companion { binary, args: &args, environment: &environment, dir, cgroup: &cgroup, log: &log };
     let pager = companion.spawn().await.map_err(Error::Pager)?;
     while !has_said(dir, "ready") {
         if let Some(exit) = pager.exit() {
@@ -431,6 +475,10 @@ async fn resume(
     guest.restore(&spec.default_env, &restoring).await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, dir = %dir.display(), "guest restored");
     Ok(versions.get("envd_version").cloned().unwrap_or_default())
+}
+
+fn file_name(path: &Path) -> Option<String> {
+    path.file_name().and_then(|name| name.to_str()).map(str::to_owned)
 }
 
 fn metadata(spec: &Spec) -> Metadata {

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use proxy::BodyError;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
@@ -69,7 +69,7 @@ impl Traffic {
     pub fn enter(self: &Arc<Self>) -> Open {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.touch();
-        Open { traffic: self.clone(), cut: self.cut().clone() }
+        Open { traffic: self.clone(), cut: self.cut().clone(), turn: None }
     }
 
     /// Waits until no exchange is open.
@@ -109,9 +109,22 @@ impl Traffic {
 pub struct Open {
     traffic: Arc<Traffic>,
     cut: CancellationToken,
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Open {
+    /// The exchange gives this back at its end.
+    pub fn holding(self, turn: OwnedSemaphorePermit) -> Self {
+        let mut open = self;
+        open.turn = Some(turn);
+        open
+    }
+
+    /// Something has passed.
+    pub fn touch(&self) {
+        self.traffic.touch();
+    }
+
     /// Resolves when the exchange is to be broken off.
     pub async fn cut(&self) {
         self.cut.cancelled().await;

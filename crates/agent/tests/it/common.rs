@@ -53,6 +53,23 @@ impl Caller {
         Ok(self.lifecycle().resume_capsule(request).await?.into_owned().capsule.into_option().unwrap())
     }
 
+    /// Resumes a capsule that another host has uploaded.
+    pub async fn adopt(&self, id: CapsuleId) -> Result<Capsule, ConnectError> {
+        let request = ResumeCapsuleRequest { id: id.to_string(), adopt: true, ..Default::default() };
+        Ok(self.lifecycle().resume_capsule(request).await?.into_owned().capsule.into_option().unwrap())
+    }
+
+    pub async fn hibernate(&self, id: CapsuleId) -> Result<Capsule, ConnectError> {
+        let request = HibernateCapsuleRequest { id: id.to_string(), ..Default::default() };
+        Ok(self.lifecycle().hibernate_capsule(request).await?.into_owned().capsule.into_option().unwrap())
+    }
+
+    /// Destroys a capsule, and what the object store has of it.
+    pub async fn forget(&self, id: CapsuleId) {
+        let request = DestroyCapsuleRequest { id: id.to_string(), forget: true, ..Default::default() };
+        self.lifecycle().destroy_capsule(request).await.unwrap();
+    }
+
     pub async fn fork(&self, id: CapsuleId, children: &[CapsuleId]) -> Result<Vec<Child>, ConnectError> {
         let children = children.iter().map(ToString::to_string).collect();
         let request = ForkCapsuleRequest { id: id.to_string(), children, ..Default::default() };
@@ -136,6 +153,7 @@ pub fn config(dir: &Path) -> Config {
         kernel: file(&manifest["kernel"]),
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"]))].into(),
         pager: (program("wrenn"), vec!["pager".into()]),
+        objects: None,
         boot_snapshots: None,
     }
 }

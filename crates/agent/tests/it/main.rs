@@ -6,4 +6,5 @@ mod endurance;
 mod killed;
 mod pause;
 mod points;
+mod remote;
 mod start;

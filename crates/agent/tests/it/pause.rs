@@ -9,13 +9,13 @@ use connectrpc::ErrorCode;
 use rustix::process::Signal;
 
 /// A program that keeps a secret in its memory and tells it to whoever asks by a file.
-const KEEPER: &str = "mkdir -p /tmp/k; cat > /tmp/k/run <<'X'\n\
+pub const KEEPER: &str = "mkdir -p /tmp/k; cat > /tmp/k/run <<'X'\n\
     secret=$(head -c 32 /dev/urandom | sha256sum); n=0\n\
     while true; do n=$((n+1)); echo $n > /tmp/k/n.new; mv /tmp/k/n.new /tmp/k/n; \
     if [ -e /tmp/k/ask ]; then rm /tmp/k/ask; echo $secret > /tmp/k/t; mv /tmp/k/t /tmp/k/told; fi; sleep 0.05; done\nX\n\
     setsid sh /tmp/k/run > /dev/null 2>&1 < /dev/null & while [ ! -e /tmp/k/n ]; do sleep 0.05; done";
 /// Asks it.
-const ASK: &str =
+pub const ASK: &str =
     "rm -f /tmp/k/told; touch /tmp/k/ask; while [ ! -e /tmp/k/told ]; do sleep 0.05; done; cat /tmp/k/told";
 
 async fn created(host: &Host) -> CapsuleId {

@@ -125,7 +125,9 @@ async fn a_destroy_overtakes_the_start() {
 
 #[tokio::test]
 async fn a_real_agent_keeps_every_promise_of_the_contract() {
-    let host = Host::open(|_| {}).await;
+    let objects = tempfile::tempdir().unwrap();
+    let address = format!("file://{}", objects.path().display());
+    let host = Host::open(|config| config.objects = Some(objects::Config::parse(&address, []).unwrap())).await;
     let subject = Subject { endpoint: host.endpoint(), image: "minimal".into() };
     agent_conformance::all(&subject).await;
     assert_eq!(host.holds(), 0);

@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use lifecycle::{Desired, Observed, Origin, State};
 use sea_orm::entity::prelude::*;
 use sea_orm::{ActiveValue::Set, DatabaseConnection, QueryOrder};
+use sha2::{Digest, Sha256};
 
 use super::template::Pairs;
 use super::{Error, now};
@@ -36,6 +37,8 @@ pub struct Model {
     pub last_active_at: Option<DateTimeUtc>,
     pub last_updated: DateTimeUtc,
     pub parent_id: Option<Uuid>,
+    pub auto_resume: bool,
+    pub traffic_token_hash: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -53,6 +56,8 @@ pub struct Capsule {
     pub created_at: DateTime<Utc>,
     /// The capsule it is a fork of.
     pub parent: Option<CapsuleId>,
+    /// What its URLs want; nothing when knowing them is enough.
+    pub traffic_token: Option<TokenHash>,
     pub life: Life,
 }
 
@@ -68,7 +73,14 @@ impl Capsule {
             last_active_at: None,
             last_updated: created_at,
         };
-        Self { id: CapsuleId::random(), team, host, spec, created_at, parent, life }
+        Self { id: CapsuleId::random(), team, host, spec, created_at, parent, traffic_token: None, life }
+    }
+
+    /// Has its URLs want a token, which is only ever seen here.
+    pub fn restrict(&mut self) -> String {
+        let (token, hash) = TokenHash::random();
+        self.traffic_token = Some(hash);
+        token
     }
 
     /// Where it begins.
@@ -77,6 +89,31 @@ impl Capsule {
             Some(_) => Origin::Fork,
             None => Origin::Template,
         }
+    }
+}
+
+/// What is kept of a token: SHA-256, in hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenHash(String);
+
+impl TokenHash {
+    /// A new token, and what is kept of it.
+    pub fn random() -> (String, Self) {
+        let mut bytes = [0; 32];
+        getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+        let token = hex::encode(bytes);
+        let hash = Self::of(&token);
+        (token, hash)
+    }
+
+    /// Whether it is of that token. How long this takes tells nothing: who could choose the hash of what they try could do
+    /// better things.
+    pub fn is_of(&self, token: &str) -> bool {
+        *self == Self::of(token)
+    }
+
+    fn of(token: &str) -> Self {
+        Self(hex::encode(Sha256::digest(token.as_bytes())))
     }
 }
 
@@ -105,12 +142,14 @@ fn desired_of(word: &str) -> Option<Desired> {
     [Desired::Running, Desired::Paused, Desired::Stopped].into_iter().find(|&desired| desired_word(desired) == word)
 }
 
-const OBSERVED: [Observed; 10] = [
+const OBSERVED: [Observed; 12] = [
     Observed::Unreported,
     Observed::Starting,
     Observed::Running,
     Observed::Pausing,
     Observed::Paused,
+    Observed::Uploaded,
+    Observed::Hibernated,
     Observed::Resuming,
     Observed::Stopping,
     Observed::Missing,
@@ -125,6 +164,8 @@ fn observed_word(observed: Observed) -> &'static str {
         Observed::Running => "running",
         Observed::Pausing => "pausing",
         Observed::Paused => "paused",
+        Observed::Uploaded => "uploaded",
+        Observed::Hibernated => "hibernated",
         Observed::Resuming => "resuming",
         Observed::Stopping => "stopping",
         Observed::Missing => "missing",
@@ -161,9 +202,11 @@ impl TryFrom<Model> for Capsule {
                 disk_size_mb: number("capsules.disk_size_mb", row.disk_size_mb.into())?,
                 timeout_sec: number("capsules.timeout_sec", row.timeout_sec.into())?,
                 metadata: row.metadata.0,
+                auto_resume: row.auto_resume,
             },
             created_at: row.created_at,
             parent: row.parent_id.map(CapsuleId),
+            traffic_token: row.traffic_token_hash.map(TokenHash),
             life: Life {
                 state: State {
                     desired: desired_of(&row.desired).ok_or_else(|| corrupt("capsules.desired", &row.desired))?,
@@ -200,6 +243,8 @@ pub async fn insert(db: &DatabaseConnection, capsules: &[Capsule]) -> Result<(),
         metadata: Set(Pairs(capsule.spec.metadata.clone())),
         created_at: Set(capsule.created_at),
         parent_id: Set(capsule.parent.map(|parent| parent.0)),
+        auto_resume: Set(capsule.spec.auto_resume),
+        traffic_token_hash: Set(capsule.traffic_token.clone().map(|hash| hash.0)),
         ..changing(&capsule.life)
     });
     Entity::insert_many(rows).exec_without_returning(db).await?;
@@ -238,6 +283,24 @@ pub async fn advance(db: &DatabaseConnection, seen: &Capsule, life: &Life) -> Re
 pub async fn get(db: &DatabaseConnection, team: TeamId, id: CapsuleId) -> Result<Option<Capsule>, Error> {
     let row = Entity::find_by_id(id.0).filter(Column::TeamId.eq(team.0)).one(db).await?;
     row.map(Capsule::try_from).transpose()
+}
+
+/// The capsule of that id, for whoever knows a URL of it.
+pub async fn get_any_team(db: &DatabaseConnection, id: CapsuleId) -> Result<Option<Capsule>, Error> {
+    Entity::find_by_id(id.0).one(db).await?.map(Capsule::try_from).transpose()
+}
+
+/// Has the URLs of the team's capsule want another token, or none.
+pub async fn set_traffic_token(
+    db: &DatabaseConnection,
+    team: TeamId,
+    id: CapsuleId,
+    token: Option<TokenHash>,
+) -> Result<(), Error> {
+    let new = ActiveModel { traffic_token_hash: Set(token.map(|hash| hash.0)), ..Default::default() };
+    let query = Entity::update_many().set(new).filter(Column::Id.eq(id.0)).filter(Column::TeamId.eq(team.0));
+    query.exec(db).await?;
+    Ok(())
 }
 
 /// The team's capsules that have not ended, newest first.

@@ -7,7 +7,7 @@ pub struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Beginning), Box::new(Snapshots)]
+        vec![Box::new(Beginning), Box::new(Snapshots), Box::new(Traffic)]
     }
 }
 
@@ -127,5 +127,25 @@ impl MigrationTrait for Snapshots {
             .foreign_key(&mut belongs("template_garbage", "host_id", "hosts"))
             .to_owned();
         manager.create_table(garbage).await
+    }
+}
+
+/// Who may use a capsule's URLs, and whether that wakes it.
+struct Traffic;
+
+impl MigrationName for Traffic {
+    fn name(&self) -> &str {
+        "m0003_traffic"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Traffic {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        // One at a time: SQLite adds no two at once.
+        for column in [boolean("auto_resume").default(false).to_owned(), text_null("traffic_token_hash").to_owned()] {
+            manager.alter_table(Table::alter().table("capsules").add_column(column).to_owned()).await?;
+        }
+        Ok(())
     }
 }

@@ -133,6 +133,8 @@ async fn what_ended_is_not_alive() {
             Observed::Running,
             Observed::Pausing,
             Observed::Paused,
+            Observed::Uploaded,
+            Observed::Hibernated,
             Observed::Resuming,
             Observed::Stopping,
             Observed::Missing,

@@ -33,8 +33,9 @@ pub async fn create(
     State(app): State<App>,
     body::Json(request): body::Json<CreateCapsule>,
 ) -> Result<(StatusCode, Json<api::Capsule>), Error> {
-    let capsule = op::create::create(&app.ctx, team, actor, request).await?;
-    Ok((StatusCode::CREATED, Json(op::show(capsule))))
+    let made = op::create::create(&app.ctx, team, actor, request).await?;
+    let capsule = api::Capsule { traffic_access_token: made.traffic_token, ..op::show(made.capsule) };
+    Ok((StatusCode::CREATED, Json(capsule)))
 }
 
 /// List capsules
@@ -88,10 +89,34 @@ pub async fn pause(Capsule { caller, row }: Capsule, State(app): State<App>) -> 
     Ok(Json(op::show(op::pause::pause(&app.ctx, row, caller.actor).await?)))
 }
 
+/// Hibernate a capsule
+///
+/// Moves a paused capsule to the object store, so that it takes nothing of its host; a resume brings it back, on any host.
+/// Answers when it is there, with 200; after 20 seconds with 202 and what is, and the upload goes on. One that hibernates
+/// already is answered as it is. An upload that fails leaves it paused.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/hibernate", tag = "capsules", operation_id = "hibernateCapsule",
+    params(InCapsule),
+    responses(
+        (status = 200, description = "The capsule, which hibernates", body = api::Capsule),
+        (status = 202, description = "The capsule, which is still being uploaded", body = api::Capsule),
+        OfGuest,
+    )
+)]
+pub async fn hibernate(
+    Capsule { caller, row }: Capsule,
+    State(app): State<App>,
+) -> Result<(StatusCode, Json<api::Capsule>), Error> {
+    let capsule = op::show(op::hibernate::hibernate(&app.ctx, row, caller.actor).await?);
+    let is_there = capsule.status == api::Status::Hibernated;
+    Ok((if is_there { StatusCode::OK } else { StatusCode::ACCEPTED }, Json(capsule)))
+}
+
 /// Resume a capsule
 ///
 /// It goes on where it was: memory, processes and files. Answers when it runs, or after 20 seconds with what is. One that runs
-/// already is answered as it is; one that is being paused is waited for. A resume that fails leaves it paused.
+/// already is answered as it is; one that is being paused is waited for. One that hibernates is taken from the object store, its
+/// memory as it is touched. A resume that fails leaves it as it was.
 #[utoipa::path(
     post, path = "/v1/capsules/{id}/resume", tag = "capsules", operation_id = "resumeCapsule",
     params(InCapsule),
@@ -115,8 +140,11 @@ pub async fn fork(
     State(app): State<App>,
     body::Json(request): body::Json<ForkCapsule>,
 ) -> Result<(StatusCode, Json<Forked>), Error> {
-    let capsules = op::fork::fork(&app.ctx, row, caller.actor, request).await?;
-    Ok((StatusCode::CREATED, Json(Forked { capsules: capsules.into_iter().map(op::show).collect() })))
+    let made = op::fork::fork(&app.ctx, row, caller.actor, request).await?;
+    let capsules = made
+        .into_iter()
+        .map(|made| api::Capsule { traffic_access_token: made.traffic_token, ..op::show(made.capsule) });
+    Ok((StatusCode::CREATED, Json(Forked { capsules: capsules.collect() })))
 }
 
 /// Keep a capsule awake

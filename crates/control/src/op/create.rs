@@ -15,20 +15,29 @@ use crate::host::{self, Image};
 /// How long a request waits for its capsule to run before it is answered with what is. Clients wait 30 s for an answer.
 const WAIT: Duration = Duration::from_secs(20);
 
+/// A new capsule, and what its URLs want, if they do.
+pub struct Created {
+    pub capsule: Capsule,
+    pub traffic_token: Option<String>,
+}
+
 /// Writes the capsule down and has it started. The start goes on if the client leaves.
-pub async fn create(ctx: &Arc<Context>, team: TeamId, actor: Actor, request: CreateCapsule) -> Result<Capsule, Error> {
+pub async fn create(ctx: &Arc<Context>, team: TeamId, actor: Actor, request: CreateCapsule) -> Result<Created, Error> {
     let name = request.template()?;
     let template = db::template::find(&ctx.db, team, &name).await?.ok_or_else(|| Error::NoTemplate(name.clone()))?;
+    let is_public = request.allows_public_traffic();
     let spec = request.validate(template.baked()?)?;
     let image = image_of(template);
-    let capsule = Capsule::new(team, db::host::CONFIGURED, spec, None);
+    let mut capsule = Capsule::new(team, db::host::CONFIGURED, spec, None);
+    let traffic_token = (!is_public).then(|| capsule.restrict());
     db::capsule::insert(&ctx.db, std::slice::from_ref(&capsule)).await?;
     ctx.events.asked(capsule.id, actor);
     let started = ctx.tasks.spawn(start(ctx.clone(), capsule.clone(), image));
-    match tokio::time::timeout(WAIT, started).await {
-        Ok(result) => result?,
-        Err(_) => Ok(db::capsule::get(&ctx.db, team, capsule.id).await?.unwrap_or(capsule)),
-    }
+    let capsule = match tokio::time::timeout(WAIT, started).await {
+        Ok(result) => result??,
+        Err(_) => db::capsule::get(&ctx.db, team, capsule.id).await?.unwrap_or(capsule),
+    };
+    Ok(Created { capsule, traffic_token })
 }
 
 /// Starts a capsule whose request was lost on the way to its host.

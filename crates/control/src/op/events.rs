@@ -130,8 +130,8 @@ fn about(capsule: &Capsule, event: EventName, actor: Actor, outcome: Option<Outc
 fn paused_itself(before: &Life, after: &Life) -> bool {
     let (was, is) = (before.state.observed, after.state);
     is.desired == Desired::Running
-        && is.observed == Observed::Paused
-        && !matches!(was, Observed::Paused | Observed::Resuming)
+        && matches!(is.observed, Observed::Paused | Observed::Uploaded)
+        && !matches!(was, Observed::Paused | Observed::Uploaded | Observed::Resuming)
         && after.reason.is_some()
 }
 
@@ -148,10 +148,12 @@ fn came_of(before: &Life, after: &Life) -> Option<(EventName, Outcome)> {
     let never_ran = before.started_at.is_none();
     match is {
         Observed::Running if never_ran => Some((EventName::CapsuleCreate, Outcome::Success)),
-        Observed::Running if matches!(was, Observed::Paused | Observed::Resuming) => {
+        Observed::Running
+            if matches!(was, Observed::Paused | Observed::Uploaded | Observed::Hibernated | Observed::Resuming) =>
+        {
             Some((EventName::CapsuleResume, Outcome::Success))
         }
-        Observed::Paused if matches!(was, Observed::Running | Observed::Pausing) => {
+        Observed::Paused | Observed::Uploaded if matches!(was, Observed::Running | Observed::Pausing) => {
             Some((EventName::CapsulePause, Outcome::Success))
         }
         Observed::Stopped | Observed::Failed if never_ran => Some((EventName::CapsuleCreate, Outcome::Error)),
@@ -160,6 +162,8 @@ fn came_of(before: &Life, after: &Life) -> Option<(EventName, Outcome)> {
         | Observed::Running
         | Observed::Pausing
         | Observed::Paused
+        | Observed::Uploaded
+        | Observed::Hibernated
         | Observed::Resuming
         | Observed::Stopping
         | Observed::Missing

@@ -44,11 +44,8 @@ pub async fn make_directory(guest: &Guest, path: String) -> Result<FileEntry, Er
 
 /// Removes what is at the path, with everything inside.
 pub async fn remove(guest: &Guest, path: String) -> Result<(), Error> {
-    let files = guest.files();
-    // The guest does not mind when there is nothing; our clients want to know.
-    let stat = files.stat(StatRequest { path: path.clone(), ..Default::default() }).await;
-    stat.map_err(|error| failed(guest, error, &path))?;
-    let removed = files.remove(RemoveRequest { path: path.clone(), ..Default::default() }).await;
+    let request = RemoveRequest { path: path.clone(), must_exist: true, ..Default::default() };
+    let removed = guest.files().remove(request).await;
     removed.map(drop).map_err(|error| failed(guest, error, &path))
 }
 

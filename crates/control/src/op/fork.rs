@@ -6,6 +6,7 @@ use api::{Actor, CapsuleSpec, ForkCapsule};
 use futures::future::join_all;
 use lifecycle::Command;
 
+use super::create::Created;
 use super::record::{Fact, record};
 use super::{Context, Error, usable};
 use crate::db;
@@ -19,18 +20,24 @@ pub async fn fork(
     parent: Capsule,
     actor: Actor,
     request: ForkCapsule,
-) -> Result<Vec<Capsule>, Error> {
+) -> Result<Vec<Created>, Error> {
     let (count, metadata) = request.validate()?;
     let parent = usable::usable(ctx, parent, Command::Fork).await?;
     let metadata = metadata.unwrap_or_else(|| parent.spec.metadata.clone());
     let spec = CapsuleSpec { metadata, ..parent.spec.clone() };
-    let child = |_| Capsule::new(parent.team, parent.host, spec.clone(), Some(parent.id));
-    let children: Vec<Capsule> = (0..count).map(child).collect();
+    let child = |_| {
+        let mut capsule = Capsule::new(parent.team, parent.host, spec.clone(), Some(parent.id));
+        // As private as the parent, but no child's token opens another.
+        let token = parent.traffic_token.is_some().then(|| capsule.restrict());
+        (capsule, token)
+    };
+    let (children, tokens): (Vec<Capsule>, Vec<_>) = (0..count).map(child).unzip();
     db::capsule::insert(&ctx.db, &children).await?;
     for child in &children {
         ctx.events.asked(child.id, actor.clone());
     }
-    ctx.tasks.spawn(start(ctx.clone(), parent, children)).await?
+    let forked = ctx.tasks.spawn(start(ctx.clone(), parent, children)).await??;
+    Ok(forked.into_iter().zip(tokens).map(|(capsule, traffic_token)| Created { capsule, traffic_token }).collect())
 }
 
 async fn start(ctx: Arc<Context>, parent: Capsule, children: Vec<Capsule>) -> Result<Vec<Capsule>, Error> {

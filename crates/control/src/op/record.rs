@@ -73,7 +73,8 @@ fn after(capsule: &Capsule, fact: &Fact<'_>) -> Life {
             life.reason = None;
         }
         // By itself, or after a resume that failed; on request there is none.
-        Observed::Paused => life.reason = reason,
+        Observed::Paused | Observed::Uploaded => life.reason = reason,
+        Observed::Hibernated => life.reason = None,
         Observed::Missing | Observed::Stopped | Observed::Failed => life.reason = reason.or(life.reason),
         Observed::Unreported | Observed::Starting | Observed::Pausing | Observed::Resuming | Observed::Stopping => {}
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{Actor, EventName, Status};
-use lifecycle::{Command, Desired};
+use lifecycle::{Command, Desired, Observed};
 
 use super::record::{Fact, record};
 use super::wish::{Wish, wish};
@@ -37,7 +37,10 @@ pub async fn resume(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Resul
 }
 
 async fn finish(ctx: Arc<Context>, capsule: Capsule) -> Result<Capsule, Error> {
-    match ctx.host.resume(capsule.id).await {
+    let state = capsule.life.state;
+    // One that is on its host is resumed from there, whatever the object store has.
+    let adopt = (state.observed == Observed::Hibernated).then_some(state.generation);
+    match ctx.host.resume(capsule.id, adopt).await {
         Ok(report) => record(&ctx, capsule, Fact::Reported(&report)).await,
         // The host goes on, and the reconciler will see what comes of it.
         Err(host::Error::Late(_)) => Ok(db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.unwrap_or(capsule)),

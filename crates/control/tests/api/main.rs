@@ -3,10 +3,13 @@
 //! Every test runs on SQLite and on PostgreSQL.
 
 mod capsules;
+mod edge;
+mod edge_raw;
 mod events;
 mod exec;
 mod files;
 mod fork;
+mod hibernate;
 mod pause;
 mod pty;
 mod reconcile;

@@ -42,16 +42,16 @@ pub fn router<S: Clone + Send + Sync + 'static>(settings: Arc<Settings>, idle: D
 
 /// What stands in the address.
 #[derive(Debug, Default, Deserialize)]
-struct Params {
-    path: Option<String>,
+pub struct Params {
+    pub path: Option<String>,
     username: Option<String>,
-    signature: Option<String>,
+    pub signature: Option<String>,
     signature_expiration: Option<i64>,
 }
 
 impl Params {
     /// Those of a caller who may do this.
-    fn of(uri: &Uri, headers: &HeaderMap, settings: &Settings, operation: Operation) -> Result<Params, Error> {
+    pub fn of(uri: &Uri, headers: &HeaderMap, settings: &Settings, operation: Operation) -> Result<Params, Error> {
         let Query(params) = Query::<Params>::try_from_uri(uri).map_err(|error| Error::Query(error.body_text()))?;
         let signed = Signed {
             path: params.path.as_deref().unwrap_or_default(),

@@ -26,12 +26,13 @@
 mod compose;
 mod download;
 mod encoding;
+pub mod form;
 pub mod http;
 mod incoming;
-mod negotiate;
+pub mod negotiate;
 mod place;
-mod signature;
-mod upload;
+pub mod signature;
+pub mod upload;
 mod write;
 
 use crate::path;
@@ -41,7 +42,7 @@ use std::time::Duration;
 
 /// Why a transfer came to nothing.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+pub enum Error {
     #[error(transparent)]
     Signature(#[from] signature::Error),
     #[error("invalid username: '{0}'")]

@@ -1,24 +1,16 @@
 //! `POST /files`: files of a form, or one file as it is, to their places.
 
+use super::form::{Contents, Form};
 use super::incoming::Incoming;
 use super::place::{Owner, Target};
 use super::write::{Batch, Replacement, whole};
 use super::{Error, blocking, encoding};
-use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 use guest_api::{FileType, WrittenFile};
 use http::HeaderMap;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-type Contents<'a> = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send + 'a>>;
-
-/// What of a form may be in memory before it is known what it is: the head of a part, with whatever came together with it.
-const FORM_HEAD: usize = 8 << 20;
 
 const METADATA_HEADER: &str = "x-metadata-";
 /// The longest key and all keys and values together; bytes. What ext4 keeps beside a file of ours.
@@ -26,7 +18,7 @@ const METADATA_KEY: usize = 246;
 const METADATA_TOTAL: usize = 4096;
 
 /// Takes in the whole body, and says what was written.
-pub async fn receive(
+pub(super) async fn receive(
     headers: &HeaderMap,
     owner: &Owner,
     path: Option<&str>,
@@ -44,8 +36,13 @@ pub async fn receive(
     if essence.eq_ignore_ascii_case("application/octet-stream") {
         files.take(path.ok_or(Error::NoPath)?, contents).await?;
     } else if essence.eq_ignore_ascii_case("multipart/form-data") {
-        let boundary = multer::parse_boundary(content_type).map_err(Error::Form)?;
-        form(&mut files, contents, boundary, path).await?;
+        let mut form = Form::new(content_type, contents)?;
+        while let Some(file) = form.next().await? {
+            files.take(path.or(file.name.as_deref()).ok_or(Error::NoFileName)?, file.contents).await?;
+        }
+        if files.written.is_empty() {
+            return Err(Error::NoFile);
+        }
     } else {
         return Err(Error::ContentType);
     }
@@ -54,55 +51,6 @@ pub async fn receive(
 
 fn header(headers: &HeaderMap, name: http::HeaderName) -> Option<&str> {
     headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim)
-}
-
-async fn form(
-    files: &mut Files<'_>,
-    contents: Contents<'_>,
-    boundary: String,
-    path: Option<&str>,
-) -> Result<(), Error> {
-    // The parser keeps what it has not yet understood, and knows no limit.
-    let held = Arc::new(AtomicUsize::new(0));
-    let fed = Arc::clone(&held);
-    let contents = contents.map(move |bytes| {
-        let bytes = bytes?;
-        match fed.fetch_add(bytes.len(), Ordering::Relaxed) {
-            held if held > FORM_HEAD => Err(Error::FormHead(FORM_HEAD)),
-            _ => Ok(bytes),
-        }
-    });
-    let mut form = multer::Multipart::new(contents, boundary);
-    while let Some(mut part) = form.next_field().await.map_err(of_form)? {
-        held.store(0, Ordering::Relaxed);
-        let is_file = part.name() == Some("file");
-        let name = part.file_name().map(str::to_owned);
-        let mut contents = futures::stream::poll_fn(|context| {
-            let next = part.poll_next_unpin(context);
-            if next.is_ready() {
-                held.store(0, Ordering::Relaxed);
-            }
-            next.map(|next| next.map(|bytes| bytes.map_err(of_form)))
-        });
-        if is_file {
-            let path = path.or(name.as_deref().filter(|name| !name.is_empty())).ok_or(Error::NoFileName)?;
-            files.take(path, Box::pin(contents)).await?;
-        } else {
-            while contents.next().await.transpose()?.is_some() {}
-        }
-    }
-    if files.written.is_empty() { Err(Error::NoFile) } else { Ok(()) }
-}
-
-/// What the body said, if it was the body and not the form that is wrong.
-fn of_form(error: multer::Error) -> Error {
-    match error {
-        multer::Error::StreamReadFailed(source) => match source.downcast() {
-            Ok(error) => *error,
-            Err(source) => Error::Form(multer::Error::StreamReadFailed(source)),
-        },
-        error => Error::Form(error),
-    }
 }
 
 /// The files of one request.
@@ -179,7 +127,7 @@ pub fn written(path: &Path, metadata: Option<BTreeMap<String, String>>) -> Writt
 }
 
 /// What the headers say about the files.
-fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Error> {
+pub fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Error> {
     let mut metadata = BTreeMap::new();
     let mut total = 0;
     for (name, value) in headers {

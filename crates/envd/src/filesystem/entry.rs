@@ -27,7 +27,7 @@ impl Owners {
 }
 
 /// Names by number, from lines of `name:password:number`. The first name of a number counts, as for `ls`.
-fn names(text: &str) -> HashMap<u32, String> {
+pub fn names(text: &str) -> HashMap<u32, String> {
     let mut names = HashMap::new();
     for line in text.lines() {
         let mut fields = line.split(':');

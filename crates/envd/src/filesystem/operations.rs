@@ -123,14 +123,16 @@ pub fn rename(source: &Path, destination: &Path, user: &User) -> Result<EntryInf
     stat(destination)
 }
 
-/// Removes what is at `path` with everything inside; links are removed, not followed. Nothing there is fine.
-pub fn remove(path: &Path) -> Result<(), Error> {
+/// Removes what is at `path` with everything inside; links are removed, not followed. False when nothing
+/// was there, or somebody else was faster.
+pub fn remove(path: &Path) -> Result<bool, Error> {
     let parent = path.parent().ok_or(Error::Root)?;
     let Some(name) = path.file_name() else { return Err(Error::Root) };
     let removed = open_directory(CWD, parent, OFlags::empty()).and_then(|parent| remove_at(parent.as_fd(), name));
     match removed {
-        Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
-        removed => removed.map_err(|error| Error::new("remove", path, error.into())),
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(error) => Err(Error::new("remove", path, error.into())),
     }
 }
 
@@ -162,7 +164,8 @@ fn remove_at(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
             levels.pop();
             let above = levels.last().map_or(parent, |level| level.directory.as_fd());
             match rustix::fs::unlinkat(above, &name, AtFlags::REMOVEDIR) {
-                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(Errno::NOENT) if !levels.is_empty() => continue,
+                Ok(()) => continue,
                 Err(error) => return Err(error),
             }
         };

@@ -113,7 +113,13 @@ impl wire::Filesystem for Service {
         request: ServiceRequest<'_, wire::RemoveRequest>,
     ) -> ServiceResult<wire::RemoveResponse> {
         let request = request.to_owned_message();
-        let remove = move |caller: Caller| Ok(operations::remove(&caller.explicit_path(&request.path, "path")?)?);
+        let remove = move |caller: Caller| {
+            let path = caller.explicit_path(&request.path, "path")?;
+            match operations::remove(&path)? {
+                false if request.must_exist => Err(operations::Error::NotFound(path.display().to_string()).into()),
+                _ => Ok(()),
+            }
+        };
         self.run(&context, remove).await?;
         Response::ok(wire::RemoveResponse::default())
     }

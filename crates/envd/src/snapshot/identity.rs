@@ -2,21 +2,34 @@
 
 use super::Error;
 use crate::init;
-use crate::reaper::Reaper;
+use crate::reaper::{Exit, Reaper};
 use crate::sys::spawn::Spawn;
 use rustix::fd::AsFd;
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::CStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 const MACHINE_ID: &str = "/etc/machine-id";
 /// D-Bus has a copy where it is no link.
 const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
 const HOSTNAME: &str = "/etc/hostname";
 const SSH: &str = "/etc/ssh";
+const KEY: &str = "/etc/ssh/ssh_host_ed25519_key";
+const PUBLIC_KEY: &str = "/etc/ssh/ssh_host_ed25519_key.pub";
+/// Where it is made.
+const MADE_KEY: &str = "/etc/ssh/envd_host_key";
+const MADE_PUBLIC_KEY: &str = "/etc/ssh/envd_host_key.pub";
 const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
+
+/// The ssh-keygen that makes the slow keys, and what follows it. In a fork of that time it goes on, as in its twins, and
+/// would make the same keys there.
+static OTHERS: Mutex<Option<(Pid, JoinHandle<()>)>> = Mutex::new(None);
 
 /// A fork's identity.
 pub(super) struct New {
@@ -79,10 +92,16 @@ fn replace(path: &str, content: &str, mode: u32) -> io::Result<()> {
     fs::rename(&beside, path)
 }
 
-/// Removes the SSH host keys, which a twin has as well, and has new ones made; false where there were none. Making them takes
-/// seconds, so nobody waits for that: until then sshd has no key rather than a shared one.
+/// Replaces the SSH host keys, which a twin has as well; false where there were none. One is made here and now, and of the
+/// kind that takes no time; those of the other kinds take seconds and follow, so that until then nobody gets to see them. An
+/// sshd that runs takes up what there is. Blocks.
 pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
-    let mut removed = false;
+    if let Some((process, ended)) = OTHERS.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        reaper.signal_group(process, Signal::KILL);
+        // Only then does it write no more.
+        let _ = Handle::current().block_on(ended);
+    }
+    let mut old = Vec::new();
     let entries = match fs::read_dir(SSH) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other?,
@@ -90,27 +109,75 @@ pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
     for entry in entries {
         let entry = entry?;
         if entry.file_name().as_encoded_bytes().starts_with(b"ssh_host_") {
-            fs::remove_file(entry.path())?;
-            removed = true;
+            old.push(entry.path());
         }
     }
-    if removed && Path::new(SSH_KEYGEN).exists() {
-        let null = fs::File::options().read(true).write(true).open("/dev/null")?;
-        let spawned = reaper.spawn(&Spawn {
-            candidates: &[c"/usr/bin/ssh-keygen".to_owned()],
-            argv: &[c"ssh-keygen".to_owned(), c"-A".to_owned()],
-            env: &[c"PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(), c"HOME=/root".to_owned()],
-            cwd: c"/",
-            stdin: null.as_fd(),
-            stdout: null.as_fd(),
-            stderr: null.as_fd(),
-            terminal: false,
-            identity: None,
-            cgroup: None,
-            oom_score_adj: c"100",
-            open_files: 1024,
-        });
-        spawned.map_err(io::Error::other)?;
+    if old.is_empty() {
+        return Ok(false);
     }
-    Ok(removed)
+    let can_make = Path::new(SSH_KEYGEN).exists();
+    if can_make {
+        // What an earlier attempt left, which ssh-keygen would rather keep.
+        for left in [MADE_KEY, MADE_PUBLIC_KEY] {
+            match fs::remove_file(left) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        let (_, made) = keygen(reaper, &[c"-q", c"-t", c"ed25519", c"-N", c"", c"-f", c"/etc/ssh/envd_host_key"])?;
+        match made.blocking_recv() {
+            Ok(status) if status.exit_status() == Some(0) => {}
+            ended => return Err(io::Error::other(format!("ssh-keygen made no key: {ended:?}"))),
+        }
+        fs::rename(MADE_KEY, KEY)?;
+        fs::rename(MADE_PUBLIC_KEY, PUBLIC_KEY)?;
+        old.retain(|path| path != Path::new(KEY) && path != Path::new(PUBLIC_KEY));
+    }
+    for path in old {
+        fs::remove_file(path)?;
+    }
+    if can_make {
+        reload_sshd();
+        let (process, ended) = keygen(reaper, &[c"-A"])?;
+        let ended = tokio::spawn(async {
+            match ended.await {
+                Ok(status) if status.exit_status() == Some(0) => reload_sshd(),
+                ended => tracing::warn!(?ended, "ssh-keygen made but one host key"),
+            }
+        });
+        *OTHERS.lock().unwrap_or_else(PoisonError::into_inner) = Some((process, ended));
+    }
+    Ok(true)
+}
+
+/// Starts ssh-keygen.
+fn keygen(reaper: &Reaper, arguments: &[&CStr]) -> io::Result<(Pid, Exit)> {
+    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
+    let argv: Vec<_> = std::iter::once(&c"ssh-keygen").chain(arguments).map(|&argument| argument.to_owned()).collect();
+    let spawned = reaper.spawn(&Spawn {
+        candidates: &[c"/usr/bin/ssh-keygen".to_owned()],
+        argv: &argv,
+        env: &[c"PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(), c"HOME=/root".to_owned()],
+        cwd: c"/",
+        stdin: null.as_fd(),
+        stdout: null.as_fd(),
+        stderr: null.as_fd(),
+        terminal: false,
+        identity: None,
+        cgroup: None,
+        oom_score_adj: c"100",
+        open_files: 1024,
+    });
+    spawned.map_err(io::Error::other)
+}
+
+/// Has sshd, if it runs, forget the keys it has read: it may keep them in memory.
+fn reload_sshd() {
+    let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
+    let Some(pid) = pid else { return };
+    let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
+    if name.is_ok_and(|name| name.trim_end() == "sshd") {
+        // It may have ended by itself.
+        let _ = kill_process(pid, Signal::HUP);
+    }
 }

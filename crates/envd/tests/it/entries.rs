@@ -137,6 +137,30 @@ async fn removing_takes_everything_inside_and_minds_nothing_absent() {
 }
 
 #[tokio::test]
+async fn of_many_that_remove_the_same_one_did() {
+    let envd = Envd::start();
+    let files = files(&envd);
+    let root = tempfile::tempdir().unwrap();
+    let path = text(&root.path().join("tree"));
+    let mut kinds = ["file", "directory"].iter().cycle();
+    for _ in 0..100 {
+        match *kinds.next().unwrap() {
+            "file" => std::fs::write(&path, "").unwrap(),
+            _ => std::fs::create_dir_all(root.path().join("tree/a/b")).unwrap(),
+        }
+        let request = || RemoveRequest { path: path.clone(), must_exist: true, ..Default::default() };
+        let removed = futures::future::join_all((0..8).map(|_| files.remove(request()))).await;
+        let (done, late): (Vec<_>, Vec<_>) = removed.into_iter().partition(Result::is_ok);
+        assert_eq!(done.len(), 1);
+        assert!(late.into_iter().all(|late| code(late.map(drop)) == ErrorCode::NotFound));
+    }
+    let below = format!("{}/file/below", root.path().display());
+    std::fs::write(root.path().join("file"), "").unwrap();
+    let request = RemoveRequest { path: below, must_exist: true, ..Default::default() };
+    assert_eq!(code(files.remove(request).await.map(drop)), ErrorCode::NotFound);
+}
+
+#[tokio::test]
 async fn a_tree_deeper_than_descriptors_and_paths_go_is_removed() {
     use rustix::fs::{Mode, OFlags, mkdirat, openat};
     let envd = Envd::start();

@@ -35,12 +35,26 @@ async fn out(client: &Client, token: &str, script: &str) -> String {
 async fn a_fork_is_a_machine_of_its_own() {
     let guest = Guest::boot().await;
     guest.inside(async |client| {
-        let script = "mkdir -p /etc/ssh; touch /etc/ssh/ssh_host_odd_key /etc/ssh/ssh_config; cat /etc/machine-id";
+        let script = "mkdir -p /etc/ssh; cd /etc/ssh; touch ssh_host_odd_key ssh_config; \
+            echo old | tee ssh_host_ed25519_key >ssh_host_rsa_key; cat /etc/machine-id";
         let first = run(&client, sh(script)).await.out();
         assert_eq!(first.trim().len(), 32, "a machine has an id from the start: {first}");
         assert_eq!(post("/init", &[], r#"{"accessToken":"old"}"#).0, 204);
         assert_eq!(post("/init", &[], &restore("fork", json!({}))).0, 401);
         assert_eq!(post("/init", &["X-Access-Token: old"], &restore("fork", json!({"hostname": "a b"}))).0, 400);
+
+        // What has been here before the fork, with the name of an sshd.
+        let sshd = "ln -s /usr/bin/python3 /tmp/sshd; exec /tmp/sshd -uc 'if True:
+            import os, signal
+            key = lambda: open(\"/etc/ssh/ssh_host_ed25519_key\").readline()
+            signal.signal(signal.SIGHUP, lambda *_: print(key(), os.listdir(\"/etc/ssh\")))
+            open(\"/run/sshd.pid\", \"w\").write(str(os.getpid()))
+            print(\"ready\")
+            while True: signal.pause()'";
+        let options = CallOptions::default().with_header("x-access-token", "old");
+        let mut sshd = start(&client, sh(sshd), options).await.unwrap();
+        sshd.started().await;
+        sshd.until("ready\n").await;
 
         let (status, done) = post("/init", &["X-Access-Token: old"], &restore("fork", json!({"hostname": "fork-1"})));
         assert_eq!((status, &done["rngReseeded"]), (200, &json!(true)), "{done}");
@@ -52,11 +66,20 @@ async fn a_fork_is_a_machine_of_its_own() {
         let seen = out(&client, "new", "cat /etc/machine-id; hostname; getent hosts fork-1; ls /etc/ssh").await;
         assert!(seen.starts_with(&format!("{id}\nfork-1\n127.0.1.1")), "{seen}");
         assert!(seen.contains("ssh_config") && !seen.contains("ssh_host_odd_key"), "{seen}");
+        // There is a key at once, those of other kinds are not the old ones, and sshd takes them up.
+        let print = "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key";
+        let key = out(&client, "new", print).await;
+        assert!(key.contains("fork-1 (ED25519)"), "{key}");
+        sshd.until("-----BEGIN OPENSSH PRIVATE KEY-----\n").await;
+        sshd.until("'ssh_host_rsa_key'").await;
+        let left = out(&client, "new", "cd /etc/ssh; grep -lx old ssh_host_*; ls | grep envd").await;
+        assert_eq!(left, "");
 
         // The same again, as after an answer that was lost: done again, and no harm.
         let given = json!({"machineId": "0123456789ABCDEF0123456789abcdef"});
         let (status, done) = post("/init", &["X-Access-Token: new"], &restore("fork", given));
         assert_eq!((status, &done["machineId"]), (200, &json!("0123456789abcdef0123456789abcdef")), "{done}");
+        assert_ne!(out(&client, "new", print).await, key);
         let (status, done) = post("/init", &["X-Access-Token: new"], &restore("resume", json!({})));
         assert_eq!((status, &done["machineId"], &done["hostname"]), (200, &Value::Null, &Value::Null));
         assert!(out(&client, "new", "cat /etc/machine-id; hostname").await.starts_with("0123456789abcdef"));

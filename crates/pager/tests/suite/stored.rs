@@ -4,10 +4,11 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use pager::{Config, Ended, Error, PAGE, Pager};
+use pager::{Config, Ended, Error, Fetch, PAGE, Pager};
 use rustix::event::{EventfdFlags, eventfd};
 use snapshot::Store;
 use tempfile::TempDir;
@@ -111,9 +112,17 @@ fn content_of(generation: u64, page: u64) -> [u8; PAGE as usize] {
 
 /// Starts a pager; it listens when this returns.
 pub fn start(config: Config) -> Running {
+    run(Pager::listen(config).unwrap())
+}
+
+/// Starts one that has to fetch what it serves.
+pub fn start_lazy(config: Config, fetch: Arc<dyn Fetch>) -> Running {
+    run(Pager::listen(config).unwrap().with_fetch(fetch))
+}
+
+fn run(pager: Pager) -> Running {
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let stops = stop.try_clone().unwrap();
-    let pager = Pager::listen(config).unwrap();
     Running { thread: std::thread::spawn(move || pager.serve(stops.as_fd())), stop }
 }
 

@@ -495,3 +495,43 @@ fn a_failed_commit_leaves_the_header_that_was_there() {
     machine.store.commit(&packed, &guest.header).unwrap();
     guest.check(&machine.store);
 }
+
+#[test]
+fn a_memory_from_elsewhere_becomes_one_of_ours() {
+    let (there, here) = (machine(), machine());
+    let mut guest = there.guest("guest", 40);
+    (0..30).for_each(|page| guest.write(page, page % 3 == 0));
+    guest.pause(&there.store);
+    (10..12).for_each(|page| guest.write(page, false));
+    guest.pause(&there.store);
+    let came = here.dir.path().join("came");
+    fs::create_dir(&came).unwrap();
+    let names: Vec<_> = fs::read_dir(there.store.generations()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    for path in &names {
+        fs::copy(path, came.join(path.file_name().unwrap())).unwrap();
+    }
+
+    let header = here.dir.path().join("header");
+    // Not while a page is damaged, and nothing of it stays.
+    let damaged = came.join(names[0].file_name().unwrap());
+    let good = fs::read(&damaged).unwrap();
+    let mut bad = good.clone();
+    bad[PAGE + 7] ^= 1;
+    fs::write(&damaged, bad).unwrap();
+    let error = here.store.adopt(&guest.header, &came, &header).unwrap_err();
+    assert!(matches!(error, Error::Generation(crate::DataError::Page { .. })), "{error:?}");
+    assert!(!header.exists());
+    fs::write(&damaged, good).unwrap();
+
+    for _ in 0..2 {
+        here.store.adopt(&guest.header, &came, &header).unwrap();
+    }
+    fs::remove_dir_all(&came).unwrap();
+    here.store.collect().unwrap();
+    assert_eq!(here.files(), 2);
+    let snapshot = Snapshot::open(here.store.generations(), &header).unwrap();
+    check(&snapshot, &guest.memory);
+    here.store.remove(&header).unwrap();
+    here.store.collect().unwrap();
+    assert_eq!(here.files(), 0);
+}

@@ -13,6 +13,8 @@ pub(super) async fn all(subject: &Subject) {
     a_paused_capsule_is_destroyed(subject).await;
     a_stream_ends_with_a_pause(subject).await;
     nobody_to_pause(subject).await;
+    what_hibernates_is_not_here_and_comes_back(subject).await;
+    nobody_to_hibernate(subject).await;
 }
 
 impl Subject {
@@ -26,6 +28,24 @@ impl Subject {
         let request = ResumeCapsuleRequest { id: id.into(), ..Default::default() };
         let answer = self.lifecycle().resume_capsule(request).await?.into_owned();
         Ok(answer.capsule.into_option().expect("a resume answers with the capsule"))
+    }
+
+    async fn adopt(&self, id: &str) -> Result<Capsule, ConnectError> {
+        let request = ResumeCapsuleRequest { id: id.into(), adopt: true, ..Default::default() };
+        let answer = self.lifecycle().resume_capsule(request).await?.into_owned();
+        Ok(answer.capsule.into_option().expect("a resume answers with the capsule"))
+    }
+
+    async fn hibernate(&self, id: &str) -> Result<Capsule, ConnectError> {
+        let request = HibernateCapsuleRequest { id: id.into(), ..Default::default() };
+        let answer = self.lifecycle().hibernate_capsule(request).await?.into_owned();
+        Ok(answer.capsule.into_option().expect("a hibernate answers with the capsule"))
+    }
+
+    /// Ends what the host and the object store have of a capsule.
+    async fn forget(&self, id: &str) {
+        let request = DestroyCapsuleRequest { id: id.into(), forget: true, ..Default::default() };
+        self.lifecycle().destroy_capsule(request).await.expect("a destroy succeeds");
     }
 
     /// A capsule that runs.
@@ -138,6 +158,43 @@ async fn a_stream_ends_with_a_pause(subject: &Subject) {
         .expect("the stream ends with the pause");
     assert!(followed.is_err(), "the process has not ended");
     subject.end(&id).await;
+}
+
+/// What hibernates holds nothing here, and goes on where it was when it is adopted; a destroy ends that only if it is told to.
+async fn what_hibernates_is_not_here_and_comes_back(subject: &Subject) {
+    let capsule = subject.running().await;
+    let id = &capsule.id;
+    let error = subject.hibernate(id).await.expect_err("it runs");
+    assert_eq!(error.code, ErrorCode::FailedPrecondition, "{error}");
+    let (_, code) =
+        subject.guest(id, "sh", &["-c", "sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/pid"]).await.expect("it runs");
+    assert_eq!(code, 0);
+    let paused = subject.pause(id).await.expect("a running capsule is paused");
+    let hibernated = subject.hibernate(id).await.expect("a paused capsule hibernates");
+    assert_eq!(hibernated.state.as_known(), Some(CapsuleState::CAPSULE_STATE_HIBERNATED));
+    assert!(hibernated.generation > paused.generation && !hibernated.uploaded);
+    subject.gone(id).await;
+    let error = subject.resume(id).await.expect_err("it is not here");
+    assert_eq!(error.code, ErrorCode::NotFound, "{error}");
+    subject.destroy(id).await;
+
+    let adopted = subject.adopt(id).await.expect("what hibernates is adopted");
+    assert_eq!((adopted.state.as_known(), adopted.spec), (Some(CapsuleState::CAPSULE_STATE_RUNNING), capsule.spec));
+    let again = subject.adopt(id).await.expect("what runs is not adopted again");
+    assert_eq!(again.generation, adopted.generation);
+    let (stdout, _) = subject.guest(id, "sh", &["-c", "kill -0 $(cat /tmp/pid) && echo alive"]).await.expect("it runs");
+    assert_eq!(String::from_utf8_lossy(&stdout), "alive\n");
+    subject.forget(id).await;
+    subject.gone(id).await;
+    let error = subject.adopt(id).await.expect_err("it was forgotten");
+    assert_eq!(error.code, ErrorCode::NotFound, "{error}");
+}
+
+async fn nobody_to_hibernate(subject: &Subject) {
+    let id = CapsuleId::random().to_string();
+    assert_eq!(subject.hibernate(&id).await.expect_err("nobody has it").code, ErrorCode::NotFound);
+    assert_eq!(subject.adopt(&id).await.expect_err("nobody has it").code, ErrorCode::NotFound);
+    subject.forget(&id).await;
 }
 
 async fn nobody_to_pause(subject: &Subject) {

@@ -91,6 +91,45 @@ pub async fn resume(inner: &Arc<Inner>, id: &str) -> Result<Capsule, ConnectErro
     inner.get(id)
 }
 
+/// Moves a paused capsule to the object store.
+pub async fn hibernate(inner: &Arc<Inner>, id: &str) -> Result<Capsule, ConnectError> {
+    let _turn = turn(inner, id).await?;
+    match inner.state(id) {
+        Some(CapsuleState::CAPSULE_STATE_PAUSED) => inner.fails()?,
+        Some(CapsuleState::CAPSULE_STATE_RUNNING) => {
+            return Err(ConnectError::failed_precondition("the capsule is not paused"));
+        }
+        _ => return Err(absent(id)),
+    }
+    upload(inner, id);
+    inner.change(id, CapsuleState::CAPSULE_STATE_HIBERNATED, "");
+    inner.get(id)
+}
+
+/// Puts what is paused into the object store.
+pub fn upload(inner: &Inner, id: &str) {
+    let mut capsules = inner.capsules();
+    let Some(Entry { capsule, guest, .. }) = capsules.get_mut(id) else { return };
+    let stored = Entry { guest: guest.clone(), ..Entry::new(capsule.clone()) };
+    inner.stored.lock().expect("no panics under this lock").insert(id.to_owned(), stored);
+    capsule.uploaded = true;
+    capsule.generation += 1;
+}
+
+/// Makes a capsule that is not here one that is paused here, if the object store has it. Who has resumed it elsewhere has
+/// let it go on there; the fake has but one of it.
+pub fn adopt(inner: &Arc<Inner>, id: &str) {
+    if inner.get(id).is_ok_and(|capsule| !ended(&capsule)) {
+        return;
+    }
+    let stored = inner.stored.lock().expect("no panics under this lock");
+    if let Some(Entry { capsule, guest, .. }) = stored.get(id) {
+        let mut entry = Entry { guest: guest.clone(), ..Entry::new(capsule.clone()) };
+        entry.capsule.generation = inner.get(id).map_or(capsule.generation, |now| now.generation) + 1;
+        inner.capsules().insert(id.to_owned(), entry);
+    }
+}
+
 /// Makes children of the capsule's specification.
 pub async fn fork(inner: &Arc<Inner>, id: &str, children: Vec<String>) -> Result<Vec<Child>, ConnectError> {
     let distinct: HashSet<&String> = children.iter().filter(|child| child.parse::<CapsuleId>().is_ok()).collect();
@@ -160,7 +199,11 @@ async fn turn(inner: &Inner, id: &str) -> Result<OwnedMutexGuard<()>, ConnectErr
 pub fn ended(capsule: &Capsule) -> bool {
     matches!(
         capsule.state.as_known(),
-        None | Some(CapsuleState::CAPSULE_STATE_STOPPED | CapsuleState::CAPSULE_STATE_FAILED)
+        None | Some(
+            CapsuleState::CAPSULE_STATE_STOPPED
+                | CapsuleState::CAPSULE_STATE_FAILED
+                | CapsuleState::CAPSULE_STATE_HIBERNATED
+        )
     )
 }
 

@@ -43,8 +43,11 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, DestroyCapsuleRequest>,
     ) -> ServiceResult<impl Encodable<DestroyCapsuleResponse> + Send + use<'a>> {
-        let id = request.to_owned_message().id;
+        let DestroyCapsuleRequest { id, forget, .. } = request.to_owned_message();
         self.0.change(&id, CapsuleState::CAPSULE_STATE_STOPPED, "destroyed");
+        if forget {
+            self.0.stored.lock().expect("no panics under this lock").remove(&id);
+        }
         self.0.destroys.send_modify(|count| *count += 1);
         Response::ok(DestroyCapsuleResponse::default())
     }
@@ -74,9 +77,22 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, ResumeCapsuleRequest>,
     ) -> ServiceResult<impl Encodable<ResumeCapsuleResponse> + Send + use<'a>> {
-        let (inner, id) = (self.0.clone(), request.to_owned_message().id);
-        let capsule = detached(async move { life::resume(&inner, &id).await }).await?;
+        let (inner, request) = (self.0.clone(), request.to_owned_message());
+        if request.adopt {
+            life::adopt(&inner, &request.id);
+        }
+        let capsule = detached(async move { life::resume(&inner, &request.id).await }).await?;
         Response::ok(ResumeCapsuleResponse { capsule: capsule.into(), ..Default::default() })
+    }
+
+    async fn hibernate_capsule<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, HibernateCapsuleRequest>,
+    ) -> ServiceResult<impl Encodable<HibernateCapsuleResponse> + Send + use<'a>> {
+        let (inner, id) = (self.0.clone(), request.to_owned_message().id);
+        let capsule = detached(async move { life::hibernate(&inner, &id).await }).await?;
+        Response::ok(HibernateCapsuleResponse { capsule: capsule.into(), ..Default::default() })
     }
 
     async fn fork_capsule<'a>(

@@ -53,6 +53,8 @@ pub struct Companion<'a> {
     pub binary: &'a Path,
     /// What it is told.
     pub args: &'a [&'a OsStr],
+    /// What it finds in its environment, besides what finds programs.
+    pub environment: &'a [(&'a str, &'a str)],
     /// Where it is started.
     pub dir: &'a Path,
     /// The group it joins; must exist.
@@ -151,7 +153,7 @@ impl Companion<'_> {
     /// If the caller stops waiting, whatever was started meanwhile is killed again.
     pub async fn spawn(&self) -> Result<Process, Error> {
         let mut command = command(self.binary, self.log)?;
-        command.args(self.args).current_dir(self.dir);
+        command.args(self.args).envs(self.environment.iter().copied()).current_dir(self.dir);
         spawn(command, Child::new(self.cgroup, None)?, self.binary, self.cgroup).await
     }
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use api::{Capsule, CreateCapsule, Status};
+use api::{Capsule, CreateCapsule, Network, Status};
 use clap::Args;
 
 use crate::rest::Client;
@@ -36,6 +36,12 @@ pub(super) struct Create {
     /// A label; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = super::pair)]
     label: Vec<(String, String)>,
+    /// Have a request to one of its URLs wake it when it is paused.
+    #[arg(long)]
+    auto_resume: bool,
+    /// Have its URLs want a token, which is printed after the id.
+    #[arg(long)]
+    private: bool,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
@@ -50,19 +56,27 @@ impl Create {
             disk_size_mb: self.disk,
             timeout_sec: self.timeout,
             metadata: (!self.label.is_empty()).then(|| self.label.into_iter().collect()),
+            auto_resume: self.auto_resume.then_some(true),
+            network: self.private.then_some(Network { allow_public_traffic: Some(false) }),
         };
         let progress = Progress::new(json);
         progress.show("creating");
         let mut capsule = client.create(&request).await?;
+        // Told once, so that a later look does not have it.
+        let token = capsule.traffic_access_token.take();
         if !self.no_wait {
             progress.show(&format!("starting {}", capsule.id));
             capsule = running(client, capsule).await?;
         }
         drop(progress);
+        capsule.traffic_access_token = token;
         if json {
-            terminal::print_json(&capsule)?
+            terminal::print_json(&capsule)?;
         } else {
-            terminal::print(&capsule.id.to_string())?
+            terminal::print(&capsule.id.to_string())?;
+            if let Some(token) = capsule.traffic_access_token {
+                terminal::print(&token)?;
+            }
         }
         Ok(ExitCode::SUCCESS)
     }

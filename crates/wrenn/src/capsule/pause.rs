@@ -1,4 +1,4 @@
-//! `wrenn capsule pause` and `wrenn capsule resume`.
+//! `wrenn capsule pause`, `hibernate` and `resume`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -23,7 +23,15 @@ pub(super) struct Pause {
     ids: Vec<CapsuleId>,
 }
 
-/// Lets paused capsules go on where they were.
+/// Moves paused capsules to the object store, so that they take nothing of their host.
+#[derive(Debug, Args)]
+pub(super) struct Hibernate {
+    /// The capsules.
+    #[arg(required = true)]
+    ids: Vec<CapsuleId>,
+}
+
+/// Lets paused capsules go on where they were, and those that hibernate.
 #[derive(Debug, Args)]
 pub(super) struct Resume {
     /// The capsules.
@@ -35,6 +43,27 @@ impl Pause {
     pub(super) async fn run(self, client: &Client, json: bool) -> Result<ExitCode> {
         let pause = async |id| reach(client, client.pause(id).await?, Status::Paused).await;
         each(self.ids, json, "pausing", "pause", pause).await
+    }
+}
+
+impl Hibernate {
+    pub(super) async fn run(self, client: &Client, json: bool) -> Result<ExitCode> {
+        let hibernate = async |id| {
+            let mut capsule = client.hibernate(id).await?;
+            // It is paused until the upload is done.
+            let way = async {
+                while capsule.status == Status::Paused {
+                    tokio::time::sleep(LOOK_PAUSE).await;
+                    capsule = client.get(id).await?;
+                }
+                reach(client, capsule, Status::Hibernated).await
+            };
+            match tokio::time::timeout(LIMIT, way).await {
+                Ok(result) => result,
+                Err(_) => bail!("it took longer than {} seconds", LIMIT.as_secs()),
+            }
+        };
+        each(self.ids, json, "uploading", "hibernate", hibernate).await
     }
 }
 

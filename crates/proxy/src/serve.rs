@@ -1,0 +1,267 @@
+//! Serving HTTP/1.1 on a listener: strict about time where a client costs something, patient where it does not.
+//!
+//! ```text
+//!   connected ─► head ─► exchange ─► idle ─► head …        head: HEAD_LIMIT, idle: IDLE_LIMIT
+//!                           └─► another protocol           exchange and other protocols: as long as they take
+//! ```
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::IpAddr;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Sleep};
+use tower::{Service, ServiceExt};
+
+use crate::dial::{Io, keep_alive};
+use crate::{BodyError, HEADERS};
+
+/// How long the head of a request may take.
+const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long a connection may be without a request; longer than any load balancer in front of us keeps it.
+const IDLE_LIMIT: Duration = Duration::from_secs(620);
+/// Pause after a failure to accept that says nothing about the next one, such as too many open files.
+const BREATH: Duration = Duration::from_secs(1);
+
+/// The address of the client, in the extensions of a request that came by TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer(pub IpAddr);
+
+/// Where connections come from.
+pub trait Listener: Send {
+    /// The next connection, and who is at its other end.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Box<dyn Io>, Option<Peer>)>> + Send;
+}
+
+impl Listener for TcpListener {
+    async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
+        let (stream, peer) = TcpListener::accept(self).await?;
+        // Answers are written whole; waiting to fill a segment would only delay them. A socket that refuses is closed anyway.
+        let _ = stream.set_nodelay(true).and_then(|()| keep_alive(&stream));
+        Ok((Box::new(stream), Some(Peer(peer.ip().to_canonical()))))
+    }
+}
+
+impl Listener for UnixListener {
+    async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
+        Ok((Box::new(UnixListener::accept(self).await?.0), None))
+    }
+}
+
+/// Serves until `stop`, then lets the exchanges that are open come to their end. Whoever drops this future cuts them.
+pub async fn serve<S, B>(mut listener: impl Listener, service: S, stop: impl Future<Output = ()>)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<BodyError>> + Send + Unpin + 'static,
+{
+    let (stopping, stopped) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut stop = pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            // One that panicked has said so where it did.
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => drop(connections.spawn(connection(stream, peer, service.clone(), stopped.clone()))),
+                // A client that was gone before it was accepted.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(_) => tokio::time::sleep(BREATH).await,
+            },
+        }
+    }
+    drop(listener);
+    drop(stopping);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection<S, B>(stream: Box<dyn Io>, peer: Option<Peer>, service: S, mut stopped: watch::Receiver<()>)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static,
+    B: Body<Data = Bytes, Error: Into<BodyError>> + Send + Unpin + 'static,
+{
+    let phase = Phase::default();
+    let stream =
+        TokioIo::new(Patient { stream, phase: phase.clone(), sleep: Box::pin(tokio::time::sleep(HEAD_LIMIT)) });
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let busy = phase.begin();
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
+        let answer = service.clone().oneshot(request);
+        async move {
+            let answer = answer.await?;
+            if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+                // Never idle again: what is spoken now is not ours.
+                busy.for_good();
+                return Ok::<_, Infallible>(answer.map(|body| During { body, _busy: None }));
+            }
+            Ok(answer.map(|body| During { body, _busy: Some(busy) }))
+        }
+    });
+    // How long a head may take we measure ourselves: hyper has one limit for it and for idleness.
+    let serving = http1::Builder::new()
+        .header_read_timeout(None)
+        .max_headers(HEADERS)
+        .serve_connection(stream, service)
+        .with_upgrades();
+    let mut serving = pin!(serving);
+    // What goes wrong here the client knows best: it left, or does not speak HTTP.
+    tokio::select! {
+        _ = serving.as_mut() => return,
+        _ = stopped.changed() => {}
+    }
+    serving.as_mut().graceful_shutdown();
+    let _ = serving.await;
+}
+
+/// What a connection is doing, and since when.
+#[derive(Clone)]
+struct Phase(Arc<Mutex<State>>);
+
+struct State {
+    doing: Doing,
+    /// Who waits for bytes, and has to look at the clock again.
+    reader: Option<Waker>,
+}
+
+#[derive(Clone, Copy)]
+enum Doing {
+    Idle(Instant),
+    Head(Instant),
+    Exchange,
+}
+
+impl Default for Phase {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(State { doing: Doing::Head(Instant::now()), reader: None })))
+    }
+}
+
+impl Phase {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self) -> Busy {
+        self.lock().doing = Doing::Exchange;
+        Busy(Some(self.clone()))
+    }
+}
+
+/// An exchange, until it is dropped.
+struct Busy(Option<Phase>);
+
+impl Busy {
+    fn for_good(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let Some(phase) = &self.0 else { return };
+        let mut state = phase.lock();
+        state.doing = Doing::Idle(Instant::now());
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+    }
+}
+
+/// A body that keeps its connection's exchange open.
+struct During<B> {
+    body: B,
+    _busy: Option<Busy>,
+}
+
+impl<B: Body + Unpin> Body for During<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A stream on which nothing may be awaited for longer than what it is doing may take.
+struct Patient {
+    stream: Box<dyn Io>,
+    phase: Phase,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { stream, phase, sleep } = self.get_mut();
+        let polled = Pin::new(stream).poll_read(cx, buf);
+        let mut state = phase.lock();
+        if polled.is_ready() {
+            if let Doing::Idle(_) = state.doing {
+                state.doing = Doing::Head(Instant::now());
+            }
+            return polled;
+        }
+        let until = match state.doing {
+            Doing::Idle(since) => since + IDLE_LIMIT,
+            Doing::Head(since) => since + HEAD_LIMIT,
+            Doing::Exchange => {
+                state.reader = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+        };
+        if sleep.deadline() != until {
+            sleep.as_mut().reset(until);
+        }
+        sleep.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
