@@ -26,7 +26,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(300);
 const LOOKS: usize = 20;
 
 const GENERATIONS: &str = "generations";
-const IMAGES: &str = "images";
+pub(crate) const IMAGES: &str = "images";
 /// What else is in a data directory: see the crate `disk`.
 const VOLUME: [&str; 3] = ["volume", "volume.xfs", "volume.xfs.new"];
 
@@ -179,6 +179,9 @@ impl Walk {
         for path in entries(&walk.root.join(PASSING))? {
             walk.passing(&path)?;
         }
+        for path in entries(&walk.root.join(FORGOTTEN))? {
+            walk.used(Kind::Other, &path)?;
+        }
         walk.images()?;
         // Last, because only now is it known what they are needed for.
         walk.generations()?;
@@ -221,7 +224,7 @@ impl Walk {
             images.sort();
             let newest = images.pop();
             for (_, path) in images {
-                let why = "an older one of its name; the next start of the agent removes those that no template names";
+                let why = "an older one of its name; the next start of an agent without an object store removes it if nothing names it";
                 self.find(&path, Kind::Image, Verdict::Garbage, why)?;
             }
             if let Some((_, path)) = newest {

@@ -18,6 +18,8 @@ use vmm::cgroup::Cgroup;
 use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
+use crate::capsule::record::Journal;
+use crate::point::Meta;
 
 pub(crate) const CAPSULES: &str = "capsules";
 pub(crate) const TEMPLATES: &str = "templates";
@@ -149,7 +151,10 @@ impl Host {
             let image = disks.import_image(file, &image_name).map_err(|source| Error::Image(name.clone(), source))?;
             images.insert(name.clone(), image);
         }
-        collect_images(&disks.images(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
+        // What an object store has may be over any image that was ever here.
+        if config.objects.is_none() {
+            collect_images(disks.root(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
+        }
         for dir in DIRS {
             let dir = disks.root().join(dir);
             std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
@@ -291,12 +296,20 @@ pub fn collect(memory: &Store) {
     }
 }
 
-/// Removes the images of earlier runs that no template names any more. Disks that came of them do not need them.
-fn collect_images(dir: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(dir)? {
+/// Removes the images of earlier runs that no template, capsule or point names any more. Disks that came of them do not need
+/// them, but uploads of those do.
+fn collect_images(root: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
+    let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
+    let image = |entry: std::fs::DirEntry| match Journal::open(entry.path()) {
+        Some(journal) => journal.record().image.clone(),
+        None => Meta::read(&entry.path())?.image,
+    };
+    let under_disks: HashSet<String> = dirs.filter_map(image).collect();
+    for entry in std::fs::read_dir(root.join(audit::IMAGES))? {
         let path = entry?.path();
-        let is_image = path.file_name().and_then(|name| name.to_str()).and_then(audit::image_name).is_some();
-        if is_image && !named.values().any(|image| *image == path) {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let is_needed = under_disks.contains(name) || named.values().any(|image| *image == path);
+        if audit::image_name(name).is_some() && !is_needed {
             std::fs::remove_file(&path)?;
             info!(image = %path.display(), "removed an image that no template names");
         }

@@ -1,9 +1,10 @@
 //! Capsules' directories.
 
+use std::fs;
 use std::path::Path;
 
 use api::CapsuleId;
-use snapshot::TEMPORARY;
+use snapshot::{Header, Id, TEMPORARY};
 
 use super::{Error, Kind, Verdict, Walk, entries, metadata, name};
 use crate::capsule::files;
@@ -52,9 +53,9 @@ impl Walk {
         };
         self.disk(&dir.join(files::DISK))?;
         if let Some(Saved { number, state }) = saved {
-            // What is still coming is checked as it comes, and has its own copies of what it refers to.
-            if !record.is_remote {
-                self.header(&dir.join(files::memory(*number)))?;
+            match record.is_remote {
+                false => self.header(&dir.join(files::memory(*number)))?,
+                true => self.remote(&dir.join(files::REMOTE))?,
             }
             self.state(&dir.join(files::state(*number)), state)?;
         }
@@ -62,6 +63,11 @@ impl Walk {
             let name = name(&path);
             match part(name) {
                 Part::Seen => {}
+                Part::Remote if record.is_remote => {}
+                Part::Remote => {
+                    let why = "of a memory that has all come; the next start of the agent removes it";
+                    self.find(&path, Kind::Capsule, Verdict::Garbage, why)?;
+                }
                 Part::Own => self.used(Kind::Capsule, &path)?,
                 Part::Unfinished(kind) => {
                     let why =
@@ -91,6 +97,28 @@ impl Walk {
         Ok(())
     }
 
+    /// A memory that has not all come: its header, what is still to come, and the generations that are here.
+    fn remote(&mut self, dir: &Path) -> Result<(), Error> {
+        for path in entries(dir)? {
+            let kind = match name(&path) {
+                files::MEMORY => Kind::Header,
+                files::REMOTE_FILES => Kind::Capsule,
+                name if Id::parse(name).is_some() => Kind::Generation,
+                _ => {
+                    self.find(&path, Kind::Capsule, Verdict::Foreign, "nothing of a memory has this name")?;
+                    continue;
+                }
+            };
+            self.used(kind, &path)?;
+        }
+        let header = dir.join(files::MEMORY);
+        match fs::read(&header).map(|bytes| Header::decode(&bytes)) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => self.find(&header, Kind::Header, Verdict::Broken, crate::chain(&error)),
+            Err(error) => self.find(&header, Kind::Header, Verdict::Broken, error.to_string()),
+        }
+    }
+
     /// What is given back has its headers until then.
     pub(super) fn refer_all(&mut self, dir: &Path) {
         for header in files::headers(dir) {
@@ -109,6 +137,8 @@ enum Part {
     /// Of the snapshot of that number.
     Snapshot(Kind, u32),
     Unfinished(Kind),
+    /// What has come of a memory that is in the object store.
+    Remote,
     Foreign,
 }
 
@@ -116,8 +146,11 @@ fn part(name: &str) -> Part {
     if name == files::DISK {
         return Part::Seen;
     }
-    if name == RECORD || name == files::REMOTE || PASSING.contains(&name) {
+    if name == RECORD || PASSING.contains(&name) {
         return Part::Own;
+    }
+    if name == files::REMOTE {
+        return Part::Remote;
     }
     if name.strip_suffix(".new") == Some(RECORD) {
         return Part::Unfinished(Kind::Capsule);

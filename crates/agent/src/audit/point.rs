@@ -7,6 +7,7 @@ use snapshot::TEMPORARY;
 use super::{Error, Kind, Verdict, Walk, entries, metadata, name};
 use crate::capsule::files;
 use crate::point::{META, Meta};
+use crate::templates::remote;
 
 impl Walk {
     /// The directory of a point that is kept.
@@ -29,7 +30,7 @@ impl Walk {
         self.disk(&dir.join(files::DISK))?;
         for path in entries(dir)? {
             match name(&path) {
-                META | files::MEMORY | files::STATE | files::DISK => {}
+                META | files::MEMORY | files::STATE | files::DISK | remote::UPLOADED => {}
                 name if name.split_once(TEMPORARY).is_some_and(|(of, _)| of == files::MEMORY) => {
                     let why = "a write that was not finished; the next start of the agent removes it";
                     self.find(&path, Kind::Header, Verdict::Garbage, why)?;

@@ -15,7 +15,7 @@ use crate::host::{Host, blocking};
 use crate::point::{self, Meta, Point};
 
 /// In the directory of a template that the object store has.
-const UPLOADED: &str = "uploaded";
+pub const UPLOADED: &str = "uploaded";
 /// After an upload that failed, the next try comes this much later.
 const PAUSE: Duration = Duration::from_secs(60);
 

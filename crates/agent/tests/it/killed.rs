@@ -53,7 +53,7 @@ enum Victim {
 
 /// Random instants for each victim.
 fn kills() -> usize {
-    std::env::var("WRENN_KILLS").map_or(14, |kills| kills.parse().expect("WRENN_KILLS is a number"))
+    std::env::var("WRENN_KILLS").map_or(8, |kills| kills.parse().expect("WRENN_KILLS is a number"))
 }
 
 /// Numbers that are all determined by the first, which is printed.
