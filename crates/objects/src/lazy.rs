@@ -80,7 +80,7 @@ impl Lazy {
             while let Some((number, index)) = all.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                 loop {
                     match self.fetch_chunk(number, index, Instant::now()) {
-                        Err(error) if error.is_passing() => self.runtime.block_on(tokio::time::sleep(LONG_PAUSE)),
+                        Err(error) if error.is_passing() => self.sleep(LONG_PAUSE),
                         fetched => {
                             let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
                             *first = first.take().or(fetched.err());
@@ -94,6 +94,11 @@ impl Lazy {
         first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)?;
         let sync = |file: &LazyFile| file.file.sync_all().map_err(Error::file("write", &file.entry.name));
         self.files.iter().try_for_each(sync)
+    }
+
+    fn sleep(&self, pause: Duration) {
+        // Only inside of the runtime is there a timer.
+        self.runtime.block_on(async { tokio::time::sleep(pause).await });
     }
 
     fn fetch_chunk(&self, number: usize, index: usize, deadline: Instant) -> Result<(), Error> {
@@ -126,7 +131,7 @@ impl Lazy {
                 Ok(content) => break content,
                 Err(error) if error.is_passing() && Instant::now() < deadline => {
                     tracing::debug!(error = &error as &dyn std::error::Error, %hash, "a chunk is fetched again");
-                    self.runtime.block_on(tokio::time::sleep(PAUSE));
+                    self.sleep(PAUSE);
                 }
                 Err(error) => return Err(error),
             }

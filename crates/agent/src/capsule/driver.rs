@@ -496,8 +496,8 @@ impl Driver {
     }
 
     async fn fail(&mut self, reason: String) -> Option<Life> {
-        let console = last_lines(&self.journal.dir().join(files::VMM_LOG));
-        warn!(capsule = %self.journal.record().spec.id, %reason, console);
+        let [console, pager] = [files::VMM_LOG, files::PAGER_LOG].map(|log| last_lines(&self.journal.dir().join(log)));
+        warn!(capsule = %self.journal.record().spec.id, %reason, console, pager);
         self.end(CapsuleState::Failed, reason).await;
         None
     }
