@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::CapsuleId;
 use disk::{Disks, ImageName};
@@ -33,6 +34,10 @@ const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
 
 /// Each sends several chunks at the same time.
 const UPLOADS_AT_ONCE: usize = 2;
+
+/// For what removes saved memory beside everything else to be done, when the disks are closed; and between two tries.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// How an agent is set up. Complete before anything is opened.
 #[derive(Debug, Clone)]
@@ -236,7 +241,16 @@ impl Host {
         let network = Arc::into_inner(self.network).ok_or(CloseError::InUse)?;
         network.close().map_err(CloseError::Network)?;
         self.cgroups.remove().await.map_err(CloseError::Cgroup)?;
-        self.disks.close().map_err(CloseError::Disks)
+        let unused = async {
+            loop {
+                match self.disks.close() {
+                    Err(disk::Error::Busy(_)) => tokio::time::sleep(BUSY_PAUSE).await,
+                    closed => return closed,
+                }
+            }
+        };
+        let closed = tokio::time::timeout(BUSY_LIMIT, unused).await;
+        closed.unwrap_or_else(|_| self.disks.close()).map_err(CloseError::Disks)
     }
 
     /// Makes a root disk of `size` bytes.

@@ -56,14 +56,14 @@ impl View {
 
     /// Unmounts what was mounted to be looked at.
     pub fn close(mut self) -> Result<(), Error> {
-        self.mounted.take().map_or(Ok(()), Volume::unmount)
+        self.mounted.take().map_or(Ok(()), |volume| volume.unmount())
     }
 }
 
 impl Drop for View {
     fn drop(&mut self) {
         // Only when something failed, which is what is told then.
-        let _ = self.mounted.take().map(Volume::unmount);
+        let _ = self.mounted.take().map(|volume| volume.unmount());
     }
 }
 
@@ -134,8 +134,8 @@ impl Disks {
     }
 
     /// Unmounts the volume, which also frees its loop device. [`Error::Busy`] when something still uses it.
-    pub fn close(self) -> Result<(), Error> {
-        self.volume.map_or(Ok(()), Volume::unmount)
+    pub fn close(&self) -> Result<(), Error> {
+        self.volume.as_ref().map_or(Ok(()), Volume::unmount)
     }
 
     /// Where imported images are.

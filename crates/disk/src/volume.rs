@@ -66,11 +66,11 @@ impl Volume {
         &self.mount_point
     }
 
-    pub(crate) fn unmount(self) -> Result<(), Error> {
+    pub(crate) fn unmount(&self) -> Result<(), Error> {
         match rustix::mount::unmount(&self.mount_point, UnmountFlags::empty()) {
             Ok(()) => Ok(()),
-            Err(Errno::BUSY) => Err(Error::Busy(self.mount_point)),
-            Err(source) => Err(Error::Unmount { path: self.mount_point, source: source.into() }),
+            Err(Errno::BUSY) => Err(Error::Busy(self.mount_point.clone())),
+            Err(source) => Err(Error::Unmount { path: self.mount_point.clone(), source: source.into() }),
         }
     }
 }
