@@ -75,7 +75,7 @@ say "7. It may break everything: it is root there, and only there."
 run "$wrenn" capsule exec "$id" -- /bin/sh -c 'rm -rf /usr/share /etc/passwd; echo "removed half of the system as $(whoami 2>/dev/null || id -u)"'
 echo "   /etc/passwd out here still has $(wc -l </etc/passwd) lines."
 
-say "8. The next capsule knows nothing of it."
+say "8. The next capsule knows nothing of it. It begins where the boot of one ended that nobody ever used."
 began=$(now)
 second=$("$wrenn" capsule create --json | jq -r .id)
 echo "   $second runs after $(since "$began"); its /etc/passwd has $("$wrenn" capsule exec "$second" -- wc -l /etc/passwd | cut -d' ' -f1) lines"
