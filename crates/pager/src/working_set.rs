@@ -15,7 +15,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::ops::Range;
 use std::path::Path;
 
@@ -114,17 +114,7 @@ impl WorkingSet {
 
     /// Puts it at `path` in one step, over what is there.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}", std::process::id()));
-        let unfinished = path.with_file_name(name);
-        let written = File::create(&unfinished)
-            .and_then(|mut file| file.write_all(&self.encode()).and_then(|()| file.sync_data()))
-            .and_then(|()| fs::rename(&unfinished, path));
-        if written.is_err() {
-            // It may not have been made.
-            let _ = fs::remove_file(&unfinished);
-        }
-        Ok(written?)
+        Ok(fs::write(path, self.encode())?)
     }
 
     /// The parts, in order, as bytes of memory.

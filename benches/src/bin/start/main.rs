@@ -5,6 +5,9 @@
 //! after one round of each that is not counted. The peer's command line is taken from our own running VMM, so that what
 //! is compared cannot drift apart; `bare.rs` says what is left out of it.
 //!
+//! Then what a snapshot saves: the same agent's cold boot, a resume and a create from a snapshot, each from the request to the
+//! answer of a command in the guest.
+//!
 //! Needs root and `make build images`. Leaves nothing on the machine.
 
 mod bare;
@@ -35,6 +38,11 @@ struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// What is booted.
+const IMAGE: &str = "minimal";
+/// What a capsule that was booted from it became.
+const SNAPSHOT: &str = "booted";
 
 /// A start of ours: when each step was done, counted from the request, in order.
 type Steps = Vec<(String, Duration)>;
@@ -71,9 +79,11 @@ async fn main() -> Result<()> {
 
 async fn measure(ours: &Ours, rounds: u32, stop: &CancellationToken) -> Result<Figures> {
     let netns = Netns::create()?;
-    let warm_up = ours.create().await?;
+    let warm_up = ours.create(IMAGE).await?;
     let command = bare::Command::of(ours, &warm_up.id).await;
+    ours.snapshot(&warm_up.id, SNAPSHOT).await?;
     ours.destroy(&warm_up.id).await?;
+    ours.create_and_run(SNAPSHOT).await?;
     let bare = Bare { command: command?, disk: ours.root().join("bare.ext4"), netns };
     bare.start(stop).await?;
     let mut figures = Figures::default();
@@ -81,10 +91,14 @@ async fn measure(ours: &Ours, rounds: u32, stop: &CancellationToken) -> Result<F
         if stop.is_cancelled() {
             bail!("interrupted");
         }
-        let started = ours.create().await?;
+        let started = ours.create(IMAGE).await?;
         ours.destroy(&started.id).await?;
         figures.ours.push(started.steps);
         figures.bare.push(bare.start(stop).await?);
+        let (boot, resume) = ours.create_and_run(IMAGE).await?;
+        figures.boot.push(boot);
+        figures.resume.push(resume);
+        figures.from_snapshot.push(ours.create_and_run(SNAPSHOT).await?.0);
     }
     Ok(figures)
 }

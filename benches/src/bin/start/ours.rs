@@ -3,12 +3,17 @@
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use agent::{Agent, Config};
-use agent_api::{CapsuleSpec, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, Lifecycle, Transport};
-use anyhow::{Context, Result, bail};
+use agent_api::{
+    CapsuleSpec, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, Lifecycle, PauseCapsuleRequest,
+    ResumeCapsuleRequest, SnapshotCapsuleRequest, Transport,
+};
+use anyhow::{Context, Result, bail, ensure};
 use api::CapsuleId;
+use guest_api::process::process_event::Event as Happened;
+use guest_api::process::{ProcessConfig, StartRequest};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
@@ -28,6 +33,7 @@ pub struct Ours {
     agent: Agent,
     dir: TempDir,
     vmm: PathBuf,
+    socket: PathBuf,
     lifecycle: Lifecycle,
     clock: Clock,
     server: JoinHandle<std::io::Result<()>>,
@@ -55,16 +61,16 @@ impl Ours {
         let shutdown = CancellationToken::new();
         let serving = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let server = tokio::spawn(serving.into_future());
-        let lifecycle = Transport::new(Endpoint::Unix(socket)).lifecycle();
-        Ok(Self { agent, dir, vmm, lifecycle, clock, server, shutdown })
+        let lifecycle = Transport::new(Endpoint::Unix(socket.clone())).lifecycle();
+        Ok(Self { agent, dir, vmm, socket, lifecycle, clock, server, shutdown })
     }
 
-    /// Starts a capsule and waits for the answer.
-    pub async fn create(&self) -> Result<Started> {
+    /// Starts a capsule from an image or snapshot, and waits for the answer.
+    pub async fn create(&self, image: &str) -> Result<Started> {
         let id = CapsuleId::random();
         let spec = CapsuleSpec {
             id: id.to_string(),
-            image: "minimal".into(),
+            image: image.into(),
             vcpus: 1,
             memory_mib: MEMORY_MIB,
             disk_mib: 5120,
@@ -77,6 +83,44 @@ impl Ours {
         let mut steps: Steps = self.clock.take().into_iter().map(|(step, at)| (step, at - begin)).collect();
         steps.push(("create answered".into(), answered - begin));
         Ok(Started { id, steps })
+    }
+
+    /// From a request for a capsule to the answer of a command in it; and the same from the request to resume it.
+    pub async fn create_and_run(&self, image: &str) -> Result<(Duration, Duration)> {
+        let begin = Instant::now();
+        let id = self.create(image).await?.id;
+        self.run(id).await?;
+        let created = begin.elapsed();
+        self.lifecycle.pause_capsule(PauseCapsuleRequest { id: id.to_string(), ..Default::default() }).await?;
+        let begin = Instant::now();
+        self.lifecycle.resume_capsule(ResumeCapsuleRequest { id: id.to_string(), ..Default::default() }).await?;
+        self.run(id).await?;
+        let resumed = begin.elapsed();
+        self.destroy(&id).await?;
+        Ok((created, resumed))
+    }
+
+    /// Makes a snapshot that capsules can begin from.
+    pub async fn snapshot(&self, id: &CapsuleId, name: &str) -> Result<()> {
+        let request = SnapshotCapsuleRequest { id: id.to_string(), name: name.into(), ..Default::default() };
+        self.lifecycle.snapshot_capsule(request).await?;
+        Ok(())
+    }
+
+    /// Runs a command in the guest and waits for its end.
+    async fn run(&self, id: CapsuleId) -> Result<()> {
+        let process = ProcessConfig { cmd: "/bin/true".into(), ..Default::default() };
+        let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
+        let mut stream = Transport::new(Endpoint::Unix(self.socket.clone())).guest(id).start(request).await?;
+        while let Some(message) = stream.message().await? {
+            if let Some(Happened::End(end)) =
+                message.to_owned_message().event.into_option().and_then(|event| event.event)
+            {
+                ensure!(end.exit_code == 0, "the command failed");
+                return Ok(());
+            }
+        }
+        bail!("the command's stream ended without an end")
     }
 
     /// Ends a capsule and waits until all of it is gone.

@@ -30,7 +30,7 @@ impl Walk {
         self.disk(&dir.join(files::DISK))?;
         for path in entries(dir)? {
             match name(&path) {
-                META | files::MEMORY | files::STATE | files::DISK | remote::UPLOADED => {}
+                META | files::MEMORY | files::STATE | files::DISK | files::WORKING_SET | remote::UPLOADED => {}
                 name if name.split_once(TEMPORARY).is_some_and(|(of, _)| of == files::MEMORY) => {
                     let why = "a write that was not finished; the next start of the agent removes it";
                     self.find(&path, Kind::Header, Verdict::Garbage, why)?;

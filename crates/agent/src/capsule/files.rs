@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! record.json  rootfs.ext4  vmm.log  api.sock  pager.sock  pager.log  dump/   of the capsule
+//! working-set                                                                 what its last resume needed first
 //! memory-N  state-N                                                           its snapshot N: header, VMM's state
 //! disk-N                                                                      snapshot N's disk, while a resume from
 //!                                                                             it has not succeeded
 //! remote/memory  remote/files  remote/ID                                      header, missing files and generations of a
 //!                                                                             memory that has not all come yet
 //! point.json  memory  state  rootfs.ext4                                      of a point
+//! working-set                                                                 what the last start from it needed first
 //! ```
 
 use std::collections::BTreeSet;
@@ -27,6 +29,9 @@ pub const VMM_LOG: &str = "vmm.log";
 pub const PAGER_LOG: &str = "pager.log";
 /// The socket of a capsule's pager.
 pub const PAGER_SOCKET: &str = "pager.sock";
+/// What of the memory was needed first the last time, so that the pager fetches it ahead. Written by pagers alone, and read only
+/// where its checksum holds: one that is damaged, or not there, makes a resume slower and not wrong.
+pub const WORKING_SET: &str = "working-set";
 /// A point's header.
 pub const MEMORY: &str = "memory";
 /// A point's VMM state.

@@ -159,6 +159,15 @@ impl<'a> Origin<'a> {
             Self::Boot(point) | Self::Point(point) => Some(point),
         }
     }
+
+    /// Where it is kept what those who begin here need first: `dir` is the capsule's. A fork's point is begun from once.
+    fn working_set(self, dir: &Path) -> Option<PathBuf> {
+        match self {
+            Self::Image => None,
+            Self::Pause => Some(dir.join(files::WORKING_SET)),
+            Self::Boot(point) | Self::Point(point) => (!point.is_doomed()).then(|| point.dir.join(files::WORKING_SET)),
+        }
+    }
 }
 
 /// A capsule that runs: what its driver holds.
@@ -338,15 +347,16 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
         }
     };
     debug!(capsule = %spec.id, "snapshot placed");
+    let working_set = origin.working_set(dir);
     if record.is_remote {
         check_state(dir, &saved).await?;
-        let pager = pager(host, spec, dir, Served::Remote).await?;
+        let pager = pager(host, spec, dir, Served::Remote, working_set.as_deref()).await?;
         return Ok(Placed { saved: Some(saved), pager: Some(pager) });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager(host, spec, dir, Served::Own(saved.number)).await?;
+    let pager = pager(host, spec, dir, Served::Own(saved.number), working_set.as_deref()).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
@@ -375,7 +385,14 @@ enum Served {
     Remote,
 }
 
-async fn pager(host: &Host, spec: &Spec, dir: &Path, served: Served) -> Result<Process, Error> {
+/// Starts a pager and waits until it can serve. What is needed first is learned from `working_set`, and written to it.
+async fn pager(
+    host: &Host,
+    spec: &Spec,
+    dir: &Path,
+    served: Served,
+    working_set: Option<&Path>,
+) -> Result<Process, Error> {
     for stale in [files::PAGER_SOCKET, files::PAGER_LOG] {
         match std::fs::remove_file(dir.join(stale)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
@@ -398,6 +415,9 @@ async fn pager(host: &Host, spec: &Spec, dir: &Path, served: Served) -> Result<P
         "--generations".as_ref(),
         generations.as_os_str(),
     ]);
+    if let Some(working_set) = working_set {
+        args.extend(["--prefetch".as_ref(), working_set.as_os_str(), "--record".as_ref(), working_set.as_os_str()]);
+    }
     let mut environment = Vec::new();
     if let Served::Remote = served {
         let objects = host.config.objects.as_ref().ok_or(Error::NoObjects)?;

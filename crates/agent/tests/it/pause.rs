@@ -123,6 +123,34 @@ async fn a_pause_waits_for_short_exchanges_and_cuts_long_ones() {
 }
 
 #[tokio::test]
+async fn what_a_resume_needed_first_is_fetched_ahead_the_next_time() {
+    let host = Host::open(|_| {}).await;
+    let id = created(&host).await;
+    let record = host.capsule(id).join("working-set");
+    host.pause(id).await.unwrap();
+    assert!(!record.exists(), "nothing was resumed yet");
+    host.resume(id).await.unwrap();
+    host.sh(id, "true").await;
+    host.pause(id).await.unwrap();
+    let recorded = fs::read(&record).unwrap();
+    // A header and a checksum are 28 bytes.
+    assert!(recorded.starts_with(b"WRENNWSS") && recorded.len() > 28, "{} bytes", recorded.len());
+
+    // One that is damaged is not used, and not needed.
+    fs::write(&record, &recorded[..recorded.len() - 1]).unwrap();
+    host.resume(id).await.unwrap();
+    let complaints =
+        |id| fs::read_to_string(host.capsule(id).join("pager.log")).unwrap().matches("no prefetch").count();
+    assert_eq!(complaints(id), 1);
+    host.sh(id, "true").await;
+    host.pause(id).await.unwrap();
+    host.resume(id).await.unwrap();
+    assert_eq!(complaints(id), 0);
+    host.destroy(id).await;
+    host.close().await;
+}
+
+#[tokio::test]
 async fn damage_is_told_and_leaves_the_capsule_paused() {
     let host = Host::open(|_| {}).await;
     let id = created(&host).await;

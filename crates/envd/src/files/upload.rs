@@ -75,17 +75,17 @@ impl Files<'_> {
             return Err(Error::Duplicate(path));
         }
         let place = target.path.clone();
-        let batch = next(&mut contents).await?;
+        let batch = next(&mut contents, Batch::default()).await?;
         let metadata = self.metadata.clone();
         if batch.is_full() {
             let mut file = blocking(move || Replacement::open(&target)).await?;
-            let mut batch = batch;
+            let (mut batch, mut written) = (batch, Batch::default());
             loop {
                 let is_last = !batch.is_full();
-                let writing = tokio::task::spawn_blocking(move || file.write(batch).map(|()| file));
+                let writing = tokio::task::spawn_blocking(move || file.write(&batch).map(|()| (file, batch)));
                 // The next batch comes in while this one goes to the disk.
-                let following = if is_last { Ok(Batch::default()) } else { next(&mut contents).await };
-                file = match writing.await {
+                let following = if is_last { Ok(Batch::default()) } else { next(&mut contents, written).await };
+                (file, written) = match writing.await {
                     Ok(written) => written?,
                     Err(failure) => std::panic::resume_unwind(failure.into_panic()),
                 };
@@ -96,7 +96,7 @@ impl Files<'_> {
             }
             blocking(move || file.commit(&metadata)).await?;
         } else {
-            blocking(move || whole(&target, batch, &metadata)).await?;
+            blocking(move || whole(&target, &batch, &metadata)).await?;
         }
         self.taken.push(place);
         self.written.push(written(&path, Some(self.metadata.clone())));
@@ -104,12 +104,12 @@ impl Files<'_> {
     }
 }
 
-/// What comes next, full unless it is the last.
-async fn next(contents: &mut Contents<'_>) -> Result<Batch, Error> {
-    let mut batch = Batch::default();
+/// What comes next, in place of what is in `batch`; full unless it is the last.
+async fn next(contents: &mut Contents<'_>, mut batch: Batch) -> Result<Batch, Error> {
+    batch.clear();
     while !batch.is_full() {
         match contents.next().await {
-            Some(bytes) => batch.push(bytes?),
+            Some(bytes) => batch.push(&bytes?),
             None => break,
         }
     }

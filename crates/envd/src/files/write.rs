@@ -4,64 +4,42 @@ use super::Error;
 use super::download::read_full_at;
 use super::place::Target;
 use crate::metadata;
-use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
-use std::io::{self, IoSlice, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 /// From how many bytes on a body no longer waits in memory. The most that one batch holds, too.
 pub const SMALL: usize = 1 << 20;
 
-/// Pieces that are smaller than this are copied together, so that a batch has few.
-const PIECE: usize = 16 << 10;
-
-/// The contents of a file, or the next part of them.
+/// The contents of a file, or the next part of them: copied together, so that the connection reads into the same memory again,
+/// and refilled, so that a long upload takes no more. Memory that is new to the process costs more than the copy.
 #[derive(Debug, Default)]
-pub struct Batch {
-    pieces: Vec<Bytes>,
-    /// Small pieces that came last, joined.
-    tail: Vec<u8>,
-    length: usize,
-}
+pub struct Batch(Vec<u8>);
 
 impl Batch {
-    pub fn push(&mut self, bytes: Bytes) {
-        self.length += bytes.len();
-        if bytes.len() < PIECE {
-            self.tail.extend_from_slice(&bytes);
-        } else {
-            self.close();
-            self.pieces.push(bytes);
-        }
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
     }
 
     pub fn is_full(&self) -> bool {
-        self.length >= SMALL
+        self.0.len() >= SMALL
     }
 
-    fn close(&mut self) {
-        if !self.tail.is_empty() {
-            self.pieces.push(std::mem::take(&mut self.tail).into());
-        }
+    pub fn clear(&mut self) {
+        self.0.clear();
     }
 
     /// Writes everything where the file stands. On failure, how much was written before it.
-    fn write(mut self, file: &mut File) -> Result<(), (usize, io::Error)> {
-        self.close();
-        let mut slices: Vec<_> = self.pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-        let mut slices = slices.as_mut_slice();
+    fn write(&self, file: &mut File) -> Result<(), (usize, io::Error)> {
         let mut written = 0;
-        while !slices.is_empty() {
-            match file.write_vectored(slices) {
+        while written < self.0.len() {
+            match file.write(&self.0[written..]) {
                 Ok(0) => return Err((written, io::ErrorKind::WriteZero.into())),
-                Ok(count) => {
-                    written += count;
-                    IoSlice::advance_slices(&mut slices, count);
-                }
+                Ok(count) => written += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err((written, error)),
             }
@@ -71,7 +49,7 @@ impl Batch {
 }
 
 /// Makes `contents` the whole file.
-pub fn whole(target: &Target, contents: Batch, metadata: &BTreeMap<String, String>) -> Result<(), Error> {
+pub fn whole(target: &Target, contents: &Batch, metadata: &BTreeMap<String, String>) -> Result<(), Error> {
     if target.existing.is_some() {
         return overwrite(target, contents, metadata);
     }
@@ -93,7 +71,7 @@ pub fn whole(target: &Target, contents: Batch, metadata: &BTreeMap<String, Strin
 }
 
 /// Makes `contents` the whole of a file that is there, in place.
-fn overwrite(target: &Target, contents: Batch, metadata: &BTreeMap<String, String>) -> Result<(), Error> {
+fn overwrite(target: &Target, contents: &Batch, metadata: &BTreeMap<String, String>) -> Result<(), Error> {
     let writing = || Error::io("writing", &target.path);
     let flags = (OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY).bits();
     let mut file = match File::options().read(true).write(true).custom_flags(flags as i32).open(&target.path) {
@@ -107,12 +85,12 @@ fn overwrite(target: &Target, contents: Batch, metadata: &BTreeMap<String, Strin
     let found = file.metadata().map_err(writing())?;
     super::place::regular(&target.path, &found)?;
     // What is about to be lost, should it be needed again. Its blocks are there, so that putting it back needs no room.
-    let mut before = vec![0; contents.length.min(usize::try_from(found.len()).unwrap_or(usize::MAX))];
+    let mut before = vec![0; contents.0.len().min(usize::try_from(found.len()).unwrap_or(usize::MAX))];
     let kept = read_full_at(&file, &mut before, 0).map_err(writing())?;
     before.truncate(kept);
     fchown(&file, Some(target.uid), Some(target.gid)).map_err(writing())?;
 
-    let length = contents.length as u64;
+    let length = contents.0.len() as u64;
     let (touched, failed) = match contents.write(&mut file) {
         Ok(()) => (before.len(), describe(&file, target, metadata)),
         Err((touched, error)) => (touched, Err(writing()(error))),
@@ -163,7 +141,7 @@ impl Replacement {
         Ok(Replacement { file, target: target.clone(), staging, name })
     }
 
-    pub fn write(&mut self, batch: Batch) -> Result<(), Error> {
+    pub fn write(&mut self, batch: &Batch) -> Result<(), Error> {
         batch.write(&mut self.file).map_err(|(_, error)| Error::io("writing", &self.target.path)(error))
     }
 
@@ -271,23 +249,15 @@ fn top_of_mount(directory: &Path) -> rustix::io::Result<PathBuf> {
 mod tests {
     use super::*;
 
-    fn batch(pieces: &[&[u8]]) -> Batch {
-        let mut batch = Batch::default();
-        pieces.iter().for_each(|piece| batch.push(Bytes::copy_from_slice(piece)));
-        batch
-    }
-
     #[test]
-    fn pieces_keep_their_order() {
+    fn a_batch_that_cannot_be_written_says_how_much_was() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
-        let (small, large) = (vec![1; 100], vec![2; PIECE]);
-        let contents = batch(&[&small, &large, &small, &small, &large]);
-        assert_eq!(contents.length, 300 + 2 * PIECE);
-        let mut file = File::create(&path).unwrap();
-        contents.write(&mut file).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), [&small[..], &large, &small, &small, &large].concat());
-        assert_eq!(batch(&[b"x"]).write(&mut File::open(&path).unwrap()).unwrap_err().0, 0);
+        let mut batch = Batch::default();
+        [b"one", b"two"].into_iter().for_each(|bytes| batch.push(bytes));
+        batch.write(&mut File::create(&path).unwrap()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"onetwo");
+        assert_eq!(batch.write(&mut File::open(&path).unwrap()).unwrap_err().0, 0);
     }
 
     /// Where a file system has no files without a name, which none here is.
@@ -301,7 +271,7 @@ mod tests {
             let (file, name) = Name::make(directory.path(), create).unwrap();
             let staging = directory.path().to_owned();
             let mut replacement = Replacement { file, target: target.clone(), staging, name: Some(name) };
-            replacement.write(batch(&[b"contents"])).unwrap();
+            replacement.write(&Batch(b"contents".to_vec())).unwrap();
             replacement
         };
         let (first, second) = (open(), open());
