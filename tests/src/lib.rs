@@ -1,6 +1,7 @@
-//! What end-to-end tests share: a `wrenn up` of their own, an envd of their own, the published SDKs, and the count of what
-//! the machine holds.
+//! What end-to-end tests share: a `wrenn up` of their own, an envd of their own, the published SDKs, a browser, and the
+//! count of what the machine holds.
 
+mod browser;
 mod envd;
 mod machine;
 mod sdk;
@@ -8,6 +9,7 @@ mod split;
 mod terminal;
 mod up;
 
+pub use browser::Browser;
 pub use envd::Envd;
 pub use machine::Machine;
 pub use sdk::Sdk;
@@ -16,7 +18,7 @@ pub use terminal::Terminal;
 pub use up::{Api, Options, Up};
 
 /// Where things that are made once per machine are kept.
-fn cache() -> std::path::PathBuf {
+pub fn cache() -> std::path::PathBuf {
     let default = || std::path::Path::new(&std::env::var("HOME").unwrap()).join(".cache/wrenn");
     std::env::var("WRENN_CACHE").map_or_else(|_| default(), std::path::PathBuf::from)
 }

@@ -2,10 +2,9 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::Stdio;
 
-use end_to_end::{Machine, Up};
+use end_to_end::{Browser, Machine, Up};
 use futures::{SinkExt, StreamExt};
 use reqwest::{Method, StatusCode, redirect};
 use serde_json::{Value, json};
@@ -185,28 +184,9 @@ async fn the_command_leads_to_any_port() {
 #[tokio::test]
 async fn a_browser_has_nothing_to_complain_about() {
     let site = Site::start(json!({})).await;
-    let profile = tempfile::tempdir().unwrap();
-    let log = profile.path().join("log");
-    let mut browser = Command::new("chromium")
-        .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
-        .args(["--disable-background-networking", "--enable-logging=stderr", "--remote-debugging-port=0"])
-        .arg(format!("--user-data-dir={}", profile.path().join("profile").display()))
-        .arg(site.url(PORT, "/"))
-        .stderr(std::fs::File::create(&log).unwrap())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("chromium is installed; tools/setup.sh does");
-    let report = loop {
-        let report = site.text("/reported").await;
-        if !report.is_empty() || browser.try_wait().unwrap().is_some() {
-            break report;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    };
-    browser.kill().unwrap();
-    browser.wait().unwrap();
-    let log = std::fs::read_to_string(log).unwrap();
-    assert_eq!(report, "/ index socket 012", "{log}");
-    let console: Vec<_> = log.lines().filter(|line| line.contains(":CONSOLE")).collect();
-    assert!(console.is_empty(), "{console:?}");
+    let mut browser = Browser::start().await;
+    browser.open(&site.url(PORT, "/")).await;
+    assert_eq!(browser.until("window.report").await, "/ index socket 012");
+    assert_eq!(browser.redirects, [(site.url(PORT, "/dir"), site.url(PORT, "/dir/"))]);
+    assert_eq!(browser.complaints, [""; 0]);
 }

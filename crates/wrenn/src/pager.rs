@@ -51,7 +51,7 @@ pub struct PagerCommand {
     #[arg(long)]
     record: Option<PathBuf>,
     /// For how long to record.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 3)]
     record_seconds: u64,
     /// How long the VMM may take to connect, and then to hand its memory over.
     #[arg(long, default_value_t = 60)]

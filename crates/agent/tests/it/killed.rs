@@ -1,6 +1,6 @@
-//! An agent, a pager or a VMM that is killed at any instant of a pause, a resume, a fork or a merge: afterwards each capsule
-//! runs, or is paused and can be resumed with all that it was told last, or has failed with a reason. At the end nothing
-//! is left of any of it.
+//! An agent, a pager or a VMM that is killed at any instant of a pause, a resume, a fork, a merge, an upload or what follows one:
+//! afterwards each capsule runs, or is paused, here or in the object store, and can be resumed with all that it was told last,
+//! or has failed with a reason. At the end nothing is left of any of it.
 //!
 //! `WRENN_KILLS` is the number of random instants for each victim; `WRENN_SEED` repeats a run's choices, though not its
 //! timing. With 200 instants or more, every commit point of the agent is tried, else some of them.
@@ -13,13 +13,15 @@ mod trace;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use agent_api::{Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, SnapshotCapsuleRequest};
+use agent_api::{
+    Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, ListCapsulesRequest, SnapshotCapsuleRequest,
+};
 use api::CapsuleId;
-use connectrpc::ConnectError;
+use connectrpc::{ConnectError, ErrorCode};
 use snapshot::MERGE_AT;
 
-use crate::common::spec;
-use agent::{Killable, Kind, kill};
+use crate::common::{Caller, spec};
+use agent::{Killable, Kind, is_remote, kill};
 use trace::Trace;
 
 /// What every capsule here has besides: something in memory that never changes.
@@ -43,7 +45,16 @@ enum Verb {
     Fork,
     /// What follows a pause when there are many generations.
     Merge,
+    /// What follows a pause when there is an object store.
+    Upload,
+    Hibernate,
+    /// A resume from the object store, until all memory is here.
+    Adopt,
 }
+
+/// What happens on one host, and what needs an object store.
+const HERE: &[Verb] = &[Verb::Pause, Verb::Resume, Verb::Fork];
+const BEYOND: &[Verb] = &[Verb::Upload, Verb::Hibernate, Verb::Adopt];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Victim {
@@ -80,6 +91,7 @@ impl Random {
 /// An agent with one capsule, and what that was told last.
 struct World {
     agent: Killable,
+    verbs: &'static [Verb],
     id: CapsuleId,
     sum: String,
     random: Random,
@@ -92,17 +104,17 @@ struct World {
 }
 
 impl World {
-    async fn open() -> Self {
+    async fn open(verbs: &'static [Verb]) -> Self {
         let random = Random::new();
-        let agent = Killable::start().await;
+        let agent = Killable::start(verbs == BEYOND).await;
         let (id, usage) = (CapsuleId::random(), agent.usage());
         agent.caller().create(spec(id)).await.unwrap();
         agent.caller().sh(id, KEEP).await;
         let snapshot = SnapshotCapsuleRequest { id: id.to_string(), name: TEMPLATE.into(), ..Default::default() };
         agent.caller().lifecycle().snapshot_capsule(snapshot).await.unwrap();
         let (spans, outcomes) = (BTreeMap::new(), BTreeMap::new());
-        let mut world = Self { agent, id, sum: String::new(), random, spans, usage, outcomes };
-        for verb in [Verb::Pause, Verb::Resume, Verb::Fork, Verb::Merge] {
+        let mut world = Self { agent, verbs, id, sum: String::new(), random, spans, usage, outcomes };
+        for &verb in verbs {
             world.prepare(verb).await.unwrap();
             let begun = Instant::now();
             world.ask(verb).await.unwrap();
@@ -117,18 +129,33 @@ impl World {
     /// Has something new written, and brings the capsule to where `verb` begins.
     async fn prepare(&mut self, verb: Verb) -> Result<(), ConnectError> {
         let (id, caller) = (self.id, self.agent.caller());
-        caller.resume(id).await?;
+        self.wake().await?;
         self.sum = caller.try_sh(id, WRITE).await?;
         match verb {
             Verb::Pause | Verb::Fork => {}
-            Verb::Resume | Verb::Merge => _ = caller.pause(id).await?,
+            Verb::Resume | Verb::Merge | Verb::Upload | Verb::Hibernate => _ = caller.pause(id).await?,
+            Verb::Adopt => {
+                caller.pause(id).await?;
+                caller.hibernate(id).await?;
+            }
         }
         Ok(())
     }
 
-    /// Does `verb`, which for a merge is only to wait for it.
+    /// Resumes the capsule, wherever it is.
+    async fn wake(&self) -> Result<(), ConnectError> {
+        let caller = self.agent.caller();
+        match caller.resume(self.id).await {
+            Err(error) if error.code == ErrorCode::NotFound => caller.adopt(self.id).await?,
+            resumed => resumed?,
+        };
+        Ok(())
+    }
+
+    /// Does `verb`, which for a merge or an upload is only to wait for it.
     fn ask(&self, verb: Verb) -> tokio::task::JoinHandle<()> {
         let (id, caller) = (self.id, self.agent.caller());
+        let record = self.agent.root().join("capsules").join(id.to_string()).join("record.json");
         tokio::spawn(async move {
             // What comes of it is looked at later.
             match verb {
@@ -136,6 +163,18 @@ impl World {
                 Verb::Resume => drop(caller.resume(id).await),
                 Verb::Fork => drop(caller.fork(id, &[CapsuleId::random()]).await),
                 Verb::Merge => {}
+                Verb::Upload => while !is_uploaded(&caller, id).await.unwrap_or(true) {},
+                Verb::Hibernate => drop(caller.hibernate(id).await),
+                Verb::Adopt => {
+                    drop(caller.adopt(id).await);
+                    // Until the agent notices that all is here, or that the pager is not.
+                    while is_remote(&record) {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                        if caller.lifecycle().list_capsules(ListCapsulesRequest::default()).await.is_err() {
+                            return;
+                        }
+                    }
+                }
             }
         })
     }
@@ -144,7 +183,7 @@ impl World {
         if self.agent.generations_of(self.id) + 1 >= MERGE_AT {
             return Verb::Merge;
         }
-        [Verb::Pause, Verb::Resume, Verb::Fork][self.random.below(3) as usize]
+        self.verbs[self.random.below(self.verbs.len() as u64) as usize]
     }
 
     /// Kills `victim` at a random instant of `verb`. False when there was none to kill.
@@ -185,13 +224,25 @@ impl World {
 
     /// Whatever was killed, the capsule is one of three things. One that failed is replaced.
     async fn is_whole(&mut self, victim: Victim) {
-        let capsule = self.agent.settled(self.id).await.expect("it is still told what became of it");
+        let mut outcome = None;
+        let capsule = match self.agent.settled(self.id).await {
+            Some(capsule) => capsule,
+            None => {
+                assert_eq!(self.verbs, BEYOND, "it is still told what became of it");
+                outcome = Some("hibernated");
+                self.agent.caller().adopt(self.id).await.unwrap();
+                self.agent.settled(self.id).await.unwrap()
+            }
+        };
         self.children_are_whole().await;
         let outcome = match self.read(&capsule).await {
-            Some(state) => state,
+            Some(state) => outcome.unwrap_or(state),
             None => {
                 // Only its own processes take a capsule with them.
                 assert_ne!(victim, Victim::Agent, "the capsule has failed");
+                if self.verbs == BEYOND {
+                    self.is_whole_as_uploaded().await;
+                }
                 self.id = CapsuleId::random();
                 let from = CapsuleSpec { image: TEMPLATE.into(), ..spec(self.id) };
                 self.agent.caller().create(from).await.unwrap();
@@ -200,6 +251,17 @@ impl World {
         };
         *self.outcomes.entry(outcome.to_owned()).or_default() += 1;
         self.agent.storage_is_clean().await;
+    }
+
+    /// What the object store has of a capsule that failed is some moment of it, whole. It is forgotten then.
+    async fn is_whole_as_uploaded(&self) {
+        let caller = self.agent.caller();
+        caller.adopt(self.id).await.unwrap();
+        let read = caller.sh(self.id, READ).await;
+        let mut lines: Vec<_> = read.lines().collect();
+        lines.dedup();
+        assert_eq!(lines.len(), 1, "{} is no moment that it was: {read}", self.id);
+        caller.forget(self.id).await;
     }
 
     /// Reads back what the capsule was told last; `None` when it has failed, with a reason.
@@ -248,7 +310,7 @@ impl World {
     /// Ends the capsule and all that came of it, after which there is nothing more than in the beginning.
     async fn end(self) {
         eprintln!("{:?}", self.outcomes);
-        self.agent.caller().destroy(self.id).await;
+        self.agent.caller().forget(self.id).await;
         let forget = DeleteTemplateRequest { name: TEMPLATE.into(), ..Default::default() };
         self.agent.caller().lifecycle().delete_template(forget).await.unwrap();
         let nothing_is_left = async {
@@ -260,12 +322,25 @@ impl World {
         assert!(waited.is_ok(), "it still holds {:?}", self.agent.holds());
         self.agent.storage_is_clean().await;
         assert_eq!(self.agent.usage(), self.usage);
+        // Chunks go once the leases of killed uploads have run out; nothing names them any more.
+        if let Some(objects) = self.agent.objects().await {
+            assert!(
+                objects.uploads.is_empty() && objects.missing.is_empty() && objects.broken.is_empty(),
+                "{objects:?}"
+            );
+        }
         assert!(self.agent.end());
     }
 }
 
-async fn survives_random_kills(victim: Victim) {
-    let mut world = World::open().await;
+async fn is_uploaded(caller: &Caller, id: CapsuleId) -> Result<bool, ConnectError> {
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let listed = caller.lifecycle().list_capsules(ListCapsulesRequest::default()).await?.into_owned();
+    Ok(listed.capsules.iter().any(|capsule| capsule.id == id.to_string() && capsule.uploaded))
+}
+
+async fn survives_random_kills(victim: Victim, verbs: &'static [Verb]) {
+    let mut world = World::open(verbs).await;
     let mut kills = kills();
     while kills > 0 {
         let verb = world.choose();
@@ -288,23 +363,33 @@ async fn survives_random_kills(victim: Victim) {
 
 #[tokio::test]
 async fn an_agent_that_is_killed_at_a_random_instant_loses_nothing() {
-    survives_random_kills(Victim::Agent).await;
+    survives_random_kills(Victim::Agent, HERE).await;
 }
 
 #[tokio::test]
 async fn a_pager_that_is_killed_at_a_random_instant_loses_nothing_silently() {
-    survives_random_kills(Victim::Of(Kind::Pager)).await;
+    survives_random_kills(Victim::Of(Kind::Pager), HERE).await;
 }
 
 #[tokio::test]
 async fn a_vmm_that_is_killed_at_a_random_instant_loses_nothing_silently() {
-    survives_random_kills(Victim::Of(Kind::Vmm)).await;
+    survives_random_kills(Victim::Of(Kind::Vmm), HERE).await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_on_the_way_to_the_object_store_or_back_loses_nothing() {
+    survives_random_kills(Victim::Agent, BEYOND).await;
+}
+
+#[tokio::test]
+async fn a_pager_that_is_killed_while_memory_comes_loses_nothing_silently() {
+    survives_random_kills(Victim::Of(Kind::Pager), BEYOND).await;
 }
 
 #[tokio::test]
 async fn an_agent_that_is_killed_at_a_commit_point_loses_nothing() {
-    let mut world = World::open().await;
-    for verb in [Verb::Pause, Verb::Resume, Verb::Fork] {
+    let mut world = World::open(HERE).await;
+    for &verb in HERE {
         let step = if kills() < 200 { 7 } else { 1 };
         let mut at = 1 + world.random.below(step) as usize;
         loop {

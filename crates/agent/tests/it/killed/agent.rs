@@ -18,6 +18,8 @@ use crate::common::{self, Caller};
 
 /// Tells the process where to be an agent.
 const DIR: &str = "WRENN_KILLED_DIR";
+/// Tells it of an object store.
+const OBJECTS: &str = "WRENN_KILLED_OBJECTS";
 /// Tells it to end all capsules and itself, in place of serving.
 const END: &str = "WRENN_KILLED_END";
 
@@ -33,6 +35,8 @@ pub enum Kind {
 /// An agent process and its directory. Whatever becomes of the test, nothing of it is left.
 pub struct Killable {
     dir: TempDir,
+    /// The object store, if it has one.
+    objects: Option<TempDir>,
     process: Child,
     is_ended: bool,
 }
@@ -43,7 +47,9 @@ async fn process() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let filter = tracing_subscriber::EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| "off".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let agent = Agent::open(common::config(Path::new(&dir))).await.unwrap();
+    let mut config = common::config(Path::new(&dir));
+    config.objects = std::env::var(OBJECTS).ok().map(|address| objects::Config::parse(&address, []).unwrap());
+    let agent = Agent::open(config).await.unwrap();
     if std::env::var_os(END).is_some() {
         agent.destroy_all().await;
         return agent.close().await.unwrap();
@@ -54,10 +60,11 @@ async fn process() {
 }
 
 impl Killable {
-    pub async fn start() -> Self {
+    pub async fn start(has_objects: bool) -> Self {
         let dir = TempDir::with_prefix("wrenn-killed-").unwrap();
-        let process = command(dir.path()).spawn().unwrap();
-        let mut killable = Self { dir, process, is_ended: false };
+        let objects = has_objects.then(|| TempDir::with_prefix("wrenn-objects-").unwrap());
+        let process = command(dir.path(), objects.as_ref()).spawn().unwrap();
+        let mut killable = Self { dir, objects, process, is_ended: false };
         killable.answers().await;
         killable
     }
@@ -84,7 +91,7 @@ impl Killable {
     }
 
     pub async fn restart(&mut self) {
-        self.process = command(self.dir.path()).spawn().unwrap();
+        self.process = command(self.dir.path(), self.objects.as_ref()).spawn().unwrap();
         self.answers().await;
     }
 
@@ -145,6 +152,12 @@ impl Killable {
         (common::holds(&self.root(), &instance), common::processes(&instance).len(), generations)
     }
 
+    /// What lies in the object store, if there is one.
+    pub async fn objects(&self) -> Option<objects::Audit> {
+        let config = objects::Config::parse(&address(self.objects.as_ref()?), []).unwrap();
+        Some(objects::Objects::open(&config).unwrap().audit().await.unwrap())
+    }
+
     /// Looks at the whole data directory: all of it is used, or will be removed.
     pub async fn storage_is_clean(&self) {
         let audit = agent::audit::audit(self.dir.path(), &["agent.sock"]).await.unwrap();
@@ -168,7 +181,7 @@ impl Killable {
     fn clean(&mut self) -> bool {
         self.is_ended = true;
         self.kill();
-        command(self.dir.path()).env(END, "").status().unwrap().success()
+        command(self.dir.path(), self.objects.as_ref()).env(END, "").status().unwrap().success()
     }
 
     fn instance(&self) -> String {
@@ -185,10 +198,15 @@ impl Drop for Killable {
     }
 }
 
-fn command(dir: &Path) -> Command {
+fn command(dir: &Path, objects: Option<&TempDir>) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "killed::agent::process", "--nocapture"]).env(DIR, dir).stdout(Stdio::null());
+    command.envs(objects.map(|folder| (OBJECTS, address(folder))));
     command
+}
+
+fn address(folder: &TempDir) -> String {
+    format!("file://{}", folder.path().display())
 }
 
 fn usage(path: &Path) -> u64 {
@@ -199,6 +217,12 @@ fn usage(path: &Path) -> u64 {
         _ => entry.metadata().map_or(0, |metadata| metadata.blocks() * 512),
     });
     sizes.sum()
+}
+
+/// Whether the capsule of that record runs here with memory that has not all come yet.
+pub fn is_remote(record: &Path) -> bool {
+    let record = fs::read(record).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    record.is_some_and(|record| record["is_remote"] == true)
 }
 
 /// Kills a process that may be gone by now.
