@@ -110,10 +110,14 @@ impl Killable {
         loop {
             let listed = self.capsules().await;
             let capsule = listed.into_iter().find(|capsule| capsule.id == id.to_string())?;
-            let is_settled = [CapsuleState::Running, CapsuleState::Paused, CapsuleState::Failed, CapsuleState::Stopped]
-                .into_iter()
-                .any(|state| capsule.state == state);
-            if is_settled {
+            let settled = [
+                CapsuleState::Running,
+                CapsuleState::Paused,
+                CapsuleState::Hibernated,
+                CapsuleState::Failed,
+                CapsuleState::Stopped,
+            ];
+            if settled.into_iter().any(|state| capsule.state == state) {
                 return Some(capsule);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
