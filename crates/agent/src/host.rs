@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::CapsuleId;
+use api::egress::Cidr;
 use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
@@ -20,6 +21,7 @@ use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
 use crate::capsule::record::Journal;
+use crate::egress::Egress;
 use crate::point::Meta;
 
 pub(crate) const CAPSULES: &str = "capsules";
@@ -57,6 +59,10 @@ pub struct Config {
     /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
     /// boot snapshots and uses none.
     pub boot_snapshots: Option<Sizes>,
+    /// Private and link-local networks that capsules may reach although they are closed to them by default.
+    pub egress_allow: Vec<Cidr>,
+    /// Networks that no capsule may reach.
+    pub egress_deny: Vec<Cidr>,
 }
 
 /// The sizes of a capsule.
@@ -84,6 +90,8 @@ pub struct Host {
     pub images: BTreeMap<String, PathBuf>,
     /// The memory of everything that is saved here.
     pub memory: Store,
+    /// What capsules may reach outside.
+    pub egress: Egress,
     /// What is begun from in place of booting an image.
     pub boots: Boots,
     /// Where what is paused goes too.
@@ -146,7 +154,12 @@ impl Host {
         let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
         config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
         let instance = instance(&config.dir);
-        let network = Network::open(&network::Config { instance: instance.clone() }).map_err(Error::Network)?;
+        let network = Network::open(&network::Config {
+            instance: instance.clone(),
+            allow: config.egress_allow.iter().map(|cidr| cidr.range()).collect(),
+            deny: config.egress_deny.iter().map(|cidr| cidr.range()).collect(),
+        })
+        .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         cgroups.create().map_err(Error::Cgroup)?;
@@ -175,7 +188,8 @@ impl Host {
             .map_err(|source| Error::Dir(disks.root().join(BOOTS), source))?;
         let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
         let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
-        Ok(Self { config, network, disks, cgroups, images, instance, memory, boots, objects, uploads })
+        let egress = Egress::new(network.clone());
+        Ok(Self { config, network, egress, disks, cgroups, images, instance, memory, boots, objects, uploads })
     }
 
     /// The directory of all capsules' directories.
@@ -227,8 +241,11 @@ impl Host {
 
     /// Removes the network of a slot, and its claim.
     pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
-        let network = self.network.clone();
-        blocking(move || network.destroy(slot))
+        let (network, egress) = (self.network.clone(), self.egress.clone());
+        blocking(move || {
+            egress.end(slot);
+            network.destroy(slot)
+        })
     }
 
     /// Removes every slot of an earlier run that is not in `keep`.
@@ -238,6 +255,7 @@ impl Host {
 
     /// Gives back what is the host's own; every capsule must be gone.
     pub async fn close(self) -> Result<(), CloseError> {
+        drop(self.egress);
         let network = Arc::into_inner(self.network).ok_or(CloseError::InUse)?;
         network.close().map_err(CloseError::Network)?;
         self.cgroups.remove().await.map_err(CloseError::Cgroup)?;

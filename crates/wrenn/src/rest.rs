@@ -119,6 +119,11 @@ impl Client {
         self.read(self.request(Method::GET, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await
     }
 
+    pub async fn set_network(&self, id: CapsuleId, network: &SetEgress) -> Result<Egress> {
+        let request = self.request(Method::PUT, &format!("/v1/capsules/{id}/network"));
+        self.read(request.json(network).timeout(CALL_LIMIT)).await
+    }
+
     pub async fn destroy(&self, id: CapsuleId) -> Result<()> {
         self.send(self.request(Method::DELETE, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await.map(drop)
     }

@@ -57,6 +57,9 @@ pub enum Error {
     /// The network could not be made.
     #[error("making the capsule's network")]
     Network(#[source] network::Error),
+    /// What it may reach outside could not be said.
+    #[error("limiting what the capsule may reach")]
+    Egress(#[source] crate::egress::Error),
     /// The image is not on this host.
     #[error("this host has no image `{0}`")]
     NoImage(String),
@@ -128,6 +131,7 @@ impl Error {
             Self::Record(_)
             | Self::Claim(_)
             | Self::Network(_)
+            | Self::Egress(_)
             | Self::NoImage(_)
             | Self::Disk(_)
             | Self::Cgroup(_)
@@ -222,7 +226,8 @@ pub async fn start(
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
 
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (process, placed) = tokio::join!(launch(host, &spec, &dir, slot), place(host, &dir, origin, journal.record()));
+    let (process, placed) =
+        tokio::join!(launch(host, journal.record(), &dir, slot), place(host, &dir, origin, journal.record()));
     let (process, Placed { saved, pager }) = (process?, placed?);
     let recorded = journal.update(|record| {
         record.vmm = Some(process.identity());
@@ -280,8 +285,13 @@ pub async fn start(
 }
 
 /// Makes the network, and the VMM in it.
-async fn launch(host: &Host, spec: &Spec, dir: &Path, slot: Slot) -> Result<Process, Error> {
+async fn launch(host: &Host, record: &Record, dir: &Path, slot: Slot) -> Result<Process, Error> {
+    let Record { spec, egress, .. } = record;
     host.create_network(slot).await.map_err(Error::Network)?;
+    // Before there is anyone who could send.
+    if !egress.is_open() {
+        host.egress.set(slot, egress).await.map_err(Error::Egress)?;
+    }
     debug!(capsule = %spec.id, "network made");
     let launch = Launch {
         binary: &host.config.vmm,

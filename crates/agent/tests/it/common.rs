@@ -155,6 +155,8 @@ pub fn config(dir: &Path) -> Config {
         pager: (program("wrenn"), vec!["pager".into()]),
         objects: None,
         boot_snapshots: None,
+        egress_allow: Vec::new(),
+        egress_deny: Vec::new(),
     }
 }
 
