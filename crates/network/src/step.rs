@@ -12,16 +12,18 @@ pub enum Step {
     Namespace,
     /// Forwarding on and IPv6 off inside it.
     Sysctl,
-    /// The veth pair, one end inside and one on the host.
-    Veth,
     /// The tap that the VMM attaches to.
     Tap,
-    /// Addresses, routes and the guest's neighbour entry inside the namespace.
-    Addresses,
-    /// Address translation inside the namespace.
-    Translation,
-    /// The host's end: its address, and the route to the guest.
+    /// The veth pair, one end inside and one on the host; addresses, routes and neighbours inside the namespace.
+    Links,
+    /// Address translation and limits inside the namespace.
+    Rules,
+    /// The host's end: its address, its shape, and the route to the guest.
     HostEnd,
+    /// Connections that the host knows of, when a slot is cleaned or removed.
+    Connections,
+    /// Whether there is anything else in a namespace that was cleaned.
+    Census,
     /// The claim on the slot's number.
     Claim,
 }
@@ -32,11 +34,12 @@ impl fmt::Display for Step {
             Self::Firewall => "firewall elements",
             Self::Namespace => "network namespace",
             Self::Sysctl => "settings inside the namespace",
-            Self::Veth => "veth pair",
             Self::Tap => "tap",
-            Self::Addresses => "addresses inside the namespace",
-            Self::Translation => "address translation",
+            Self::Links => "veth pair and addresses inside the namespace",
+            Self::Rules => "rules inside the namespace",
             Self::HostEnd => "host end of the veth pair",
+            Self::Connections => "connections",
+            Self::Census => "what else is inside the namespace",
             Self::Claim => "claim",
         })
     }

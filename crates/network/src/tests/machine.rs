@@ -35,8 +35,13 @@ pub(super) fn network() -> Network {
     instance("0123abcd")
 }
 
+/// The same, with slots made ahead.
+pub(super) fn pooled(ready: usize) -> Network {
+    Network::open(&Config { instance: "0123abcd".to_owned(), ready }).unwrap()
+}
+
 pub(super) fn instance(name: &str) -> Network {
-    Network::open(&Config { instance: name.to_owned() }).unwrap()
+    Network::open(&Config { instance: name.to_owned(), ready: 0 }).unwrap()
 }
 
 /// Runs a command line on this thread's machine and returns what it prints.
