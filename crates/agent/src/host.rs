@@ -158,6 +158,7 @@ impl Host {
             instance: instance.clone(),
             allow: config.egress_allow.iter().map(|cidr| cidr.range()).collect(),
             deny: config.egress_deny.iter().map(|cidr| cidr.range()).collect(),
+            ready: 0,
         })
         .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;

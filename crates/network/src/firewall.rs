@@ -10,9 +10,11 @@ use std::net::Ipv4Addr;
 
 use rustix::io::Errno;
 
+use crate::guard;
 use crate::limits::{CONNECTIONS, NEW_CONNECTIONS_BURST, NEW_CONNECTIONS_PER_SECOND};
 use crate::netlink::{Error, NETFILTER, Socket};
 use crate::nft::{self, Batch, Expr, Hook, Key, Memory, Query, ifname};
+use crate::ranges::{self, Range};
 use crate::slot::{GUEST_ADDRESS, Slot, TAP, UPLINK_IN_NETNS, VETH};
 use crate::traffic::Traffic;
 
@@ -33,13 +35,29 @@ const UPLINKS: &str = "uplinks";
 /// Destinations that no guest reaches.
 const FORBIDDEN: &str = "forbidden";
 
-/// Destinations that no guest reaches, first address and the one after the last.
-const FORBIDDEN_RANGES: [(Ipv4Addr, Ipv4Addr); 2] = [
-    // Every slot's addresses: 10.11.0.0/16 and 10.12.0.0/16.
-    (Ipv4Addr::new(10, 11, 0, 0), Ipv4Addr::new(10, 13, 0, 0)),
-    // Link-local, where clouds keep their metadata.
-    (Ipv4Addr::new(169, 254, 0, 0), Ipv4Addr::new(169, 255, 0, 0)),
+/// What no guest reaches and nobody can allow: the slots' addresses, 10.11.0.0/16 and 10.12.0.0/16, and what is no host's
+/// address.
+const CLOSED: [Range; 4] = [
+    (Ipv4Addr::new(0, 0, 0, 0), Ipv4Addr::new(0, 255, 255, 255)),
+    (Ipv4Addr::new(10, 11, 0, 0), Ipv4Addr::new(10, 12, 255, 255)),
+    (Ipv4Addr::new(127, 0, 0, 0), Ipv4Addr::new(127, 255, 255, 255)),
+    (Ipv4Addr::new(224, 0, 0, 0), Ipv4Addr::new(255, 255, 255, 255)),
 ];
+
+/// What no guest reaches unless the operator allows it: private ranges, shared ones of providers, and link-local, where clouds
+/// keep their metadata.
+const PRIVATE: [Range; 5] = [
+    (Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 255, 255, 255)),
+    (Ipv4Addr::new(100, 64, 0, 0), Ipv4Addr::new(100, 127, 255, 255)),
+    (Ipv4Addr::new(169, 254, 0, 0), Ipv4Addr::new(169, 254, 255, 255)),
+    (Ipv4Addr::new(172, 16, 0, 0), Ipv4Addr::new(172, 31, 255, 255)),
+    (Ipv4Addr::new(192, 168, 0, 0), Ipv4Addr::new(192, 168, 255, 255)),
+];
+
+/// The floor under every policy: what is closed, what the operator denies, and what is private and not allowed by the operator.
+fn forbidden(allow: &[Range], deny: &[Range]) -> Vec<Range> {
+    ranges::merge(&[&CLOSED[..], deny, &ranges::subtract(&PRIVATE, allow)].concat())
+}
 
 /// How often a guest may begin connections.
 const RATE: Memory = Memory::RateOver { per_second: NEW_CONNECTIONS_PER_SECOND, burst: NEW_CONNECTIONS_BURST };
@@ -52,18 +70,21 @@ type Element = (&'static str, Vec<u8>);
 /// This instance's table on the host.
 pub(crate) struct Firewall {
     table: String,
+    /// What no guest reaches.
+    forbidden: Vec<Range>,
 }
 
 impl Firewall {
-    pub(crate) fn new(instance: &str) -> Self {
-        Self { table: format!("wrenn_{instance}") }
+    /// With what the operator allows of what is closed by default, and denies of the rest.
+    pub(crate) fn new(instance: &str, allow: &[Range], deny: &[Range]) -> Self {
+        Self { table: format!("wrenn_{instance}"), forbidden: forbidden(allow, deny) }
     }
 
     /// Makes the table with these slots in it. One that an earlier process left is kept if it is what we would make, with all
     /// that it has counted, and is otherwise replaced in the same transaction: running capsules are never without it.
     pub(crate) fn open(&self, slots: &[Slot], uplinks: &BTreeSet<String>) -> Result<(), Error> {
         let mut rules = self.batch();
-        add_sets(&mut rules, uplinks);
+        add_sets(&mut rules, uplinks, &self.forbidden);
         add_chains(&mut rules);
         let mut digest = DefaultHasher::new();
         rules.bytes().hash(&mut digest);
@@ -78,7 +99,7 @@ impl Firewall {
             batch.add_table();
             batch.delete_table();
             batch.add_table_with(&comment);
-            add_sets(&mut batch, uplinks);
+            add_sets(&mut batch, uplinks, &self.forbidden);
             add_chains(&mut batch);
         }
         add_slots(&mut batch, slots);
@@ -175,7 +196,7 @@ fn elements(slot: Slot) -> [Element; 7] {
     ]
 }
 
-fn add_sets(batch: &mut Batch<'_>, uplinks: &BTreeSet<String>) {
+fn add_sets(batch: &mut Batch<'_>, uplinks: &BTreeSet<String>, forbidden: &[Range]) {
     batch.add_set(VETHS, &Key::Ifname, None);
     batch.add_set(SOURCES, &Key::IfnameIpv4, Some(Memory::Counter));
     batch.add_set(RECEIVED, &Key::Ifname, Some(Memory::Counter));
@@ -184,9 +205,7 @@ fn add_sets(batch: &mut Batch<'_>, uplinks: &BTreeSet<String>) {
     batch.add_set(ADDRESSES, &Key::Ipv4, None);
     batch.add_set(UPLINKS, &Key::Ifname, None);
     batch.add_set(FORBIDDEN, &Key::Ipv4Range, None);
-    for (first, end) in FORBIDDEN_RANGES {
-        batch.add_range(FORBIDDEN, first, end);
-    }
+    batch.add_ranges(FORBIDDEN, forbidden);
     batch.add_elements(UPLINKS, &uplinks.iter().map(|name| ifname(name)).collect::<Vec<_>>());
 }
 
@@ -242,7 +261,7 @@ fn add_chains(batch: &mut Batch<'_>) {
     batch.add_rule("postrouting", &[Ipv4, SaddrIn(ADDRESSES), OifnameIn(UPLINKS), Masquerade]);
 }
 
-/// The only table inside a namespace, sent through a socket of it: the guest appears as the namespace's end of the veth
+/// The only tables inside a namespace, sent through a socket of it: the guest appears as the namespace's end of the veth
 /// pair, and what is sent to the slot's host address goes to the guest. The limits are those of the host's table, for what
 /// the namespace itself tracks.
 pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
@@ -261,7 +280,8 @@ pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
     let hook = Hook { kind: "nat", number: libc::NF_INET_PRE_ROUTING, priority: libc::NF_IP_PRI_NAT_DST };
     batch.add_chain("prerouting", &hook);
     batch.add_rule("prerouting", &[Iifname(UPLINK_IN_NETNS), Daddr(slot.host_ip()), Dnat(GUEST_ADDRESS)]);
-    socket.transact(batch.finish())
+    socket.transact(batch.finish())?;
+    guard::set(socket)
 }
 
 fn transact(batch: Batch<'_>) -> Result<(), Error> {

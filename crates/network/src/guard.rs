@@ -42,7 +42,13 @@ fn frames() -> Batch<'static> {
     );
     for known in [TAP_ADDRESS, METADATA] {
         let about = known.octets();
-        let message = [Ethertype(libc::ETH_P_ARP), NetworkIs(0, &KINDS), NetworkIs(SAYS, &says), NetworkIs(ABOUT, &about), Accept];
+        let message = [
+            Ethertype(libc::ETH_P_ARP),
+            NetworkIs(0, &KINDS),
+            NetworkIs(SAYS, &says),
+            NetworkIs(ABOUT, &about),
+            Accept,
+        ];
         batch.add_rule("frames", &message);
     }
     batch.add_rule("frames", &[Drop]);

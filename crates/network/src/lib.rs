@@ -12,8 +12,8 @@
 //! slot's. [`slot`] has the arithmetic. [`Network`] makes and removes slots by netlink alone, no other program is run.
 //!
 //! A guest reaches the internet by the host's default route, and nothing else: no other slot, none of the host's own
-//! addresses, nothing link-local, no IPv6, and it cannot use an address that is not its own. The host reaches the
-//! guest at [`Slot::host_ip`].
+//! addresses, nothing private or link-local unless the operator says so, no IPv6, and it cannot use an address that is
+//! not its own. A [`Policy`] takes more away from one slot. The host reaches the guest at [`Slot::host_ip`].
 //!
 //! Owned here: everything named `wrenn-*` among links and namespaces of slots that this instance has claimed, its own
 //! nftables table, `/run/wrenn/slots`. Never touched: another instance's slots, and any other table or rule. The one
@@ -25,11 +25,14 @@ mod attributes;
 mod claims;
 mod conntrack;
 mod firewall;
+mod guard;
 pub mod limits;
 mod namespace;
 mod netlink;
 mod nft;
+pub mod policy;
 mod pool;
+mod ranges;
 mod route;
 pub mod slot;
 mod slots;
@@ -50,7 +53,9 @@ use std::thread::{self, JoinHandle};
 
 use claims::Claims;
 use firewall::Firewall;
+pub use policy::Policy;
 use pool::Pool;
+pub use ranges::Range;
 pub use slot::Slot;
 use slots::Slots;
 pub use step::{Failed, Step};
@@ -97,6 +102,14 @@ pub enum Error {
         #[source]
         source: Failed,
     },
+    /// What its guest may reach could not be changed; it is as it was.
+    #[error("change what slot {slot} may reach")]
+    Policy {
+        /// The slot.
+        slot: Slot,
+        #[source]
+        source: Failed,
+    },
     /// Parts of slots could not be removed. Their claims stay, and another attempt may be made.
     #[error("remove a slot: {0}")]
     Destroy(Leftovers),
@@ -120,6 +133,10 @@ impl fmt::Display for Leftovers {
 pub struct Config {
     /// 8 characters of 0-9 and a-f: unique for each data directory, and the same each time it is opened.
     pub instance: String,
+    /// Ranges that guests may reach although they are private or link-local.
+    pub allow: Vec<Range>,
+    /// Ranges that no guest may reach.
+    pub deny: Vec<Range>,
     /// How many slots are made ahead, from the first [`Network::sweep`] on, so that taking one costs nothing. With 0, slots are made when they are asked for and
     /// removed when they are given back.
     pub ready: usize,
@@ -142,7 +159,7 @@ impl Network {
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(Error::Forwarding)?;
         namespace::prepare().map_err(Error::NetnsDir)?;
         let claims = Claims::open(instance).map_err(Error::Claim)?;
-        let firewall = Firewall::new(instance);
+        let firewall = Firewall::new(instance, &config.allow, &config.deny);
         let uplinks = uplink::all().map_err(Error::Uplinks)?;
         let mtu = uplink::mtu(&uplinks).map_err(Error::Uplinks)?;
         if uplinks.is_empty() {
@@ -169,6 +186,14 @@ impl Network {
     /// Makes everything of a claimed slot, or nothing. One that was made ahead is there already.
     pub fn create(&self, slot: Slot) -> Result<(), Error> {
         self.pool.create(slot)
+    }
+
+    /// Has the guest of a slot that is made reach what the policy allows, and nothing else, from its next packet on. A slot that
+    /// is made, or cleaned, has the default.
+    pub fn set_policy(&self, slot: Slot, policy: &Policy) -> Result<(), Error> {
+        let refused = |source| Error::Policy { slot, source };
+        let socket = namespace::netfilter(slot).map_err(refused)?;
+        policy::set(&socket, policy).map_err(|error| refused(Step::Rules.failed()(error)))
     }
 
     /// Takes a slot back, which is then nobody's: it is cleaned for the next or removed, in the background. Nothing happens to

@@ -184,6 +184,14 @@ fn census(socket: &Socket) -> io::Result<Census> {
     })
 }
 
+/// A socket for the rules of the namespace of `slot`, for use by any thread.
+pub(crate) fn netfilter(slot: Slot) -> Result<Socket, Failed> {
+    on_own_thread(slot, || {
+        enter(slot).map_err(Step::Namespace.failed())?;
+        Socket::open(NETFILTER).map_err(Step::Rules.failed())
+    })
+}
+
 /// Moves this thread into the namespace of that name.
 fn enter(slot: Slot) -> io::Result<()> {
     let netns = File::open(slot.netns_path())?;

@@ -11,6 +11,7 @@ use std::net::Ipv4Addr;
 
 use crate::attributes::{Attributes, Reader};
 use crate::netlink::{Error, Requests, Socket};
+use crate::ranges::Range;
 use crate::traffic::Count;
 pub(crate) use expr::{Expr, Memory};
 use expr::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
@@ -114,6 +115,22 @@ impl<'a> Batch<'a> {
         });
     }
 
+    /// A base chain of a `netdev` table that sees every frame that comes in by a link, before anyone else does.
+    pub(crate) fn add_device_chain(&mut self, name: &str, device: &str) {
+        let table = self.table;
+        self.push("add a chain", libc::NFT_MSG_NEWCHAIN, ADD, |a| {
+            a.text(NFTA_CHAIN_TABLE, table);
+            a.text(NFTA_CHAIN_NAME, name);
+            a.nest(NFTA_CHAIN_HOOK, |a| {
+                a.number(NFTA_HOOK_HOOKNUM, libc::NF_NETDEV_INGRESS as u32);
+                a.number(NFTA_HOOK_PRIORITY, 0);
+                a.text(NFTA_HOOK_DEV, device);
+            });
+            a.number(NFTA_CHAIN_POLICY, libc::NF_ACCEPT as u32);
+            a.text(NFTA_CHAIN_TYPE, "filter");
+        });
+    }
+
     pub(crate) fn add_rule(&mut self, chain: &str, expressions: &[Expr<'_>]) {
         let table = self.table;
         self.rules += 1;
@@ -161,9 +178,17 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Adds the addresses from `first` up to and without `end` to a set of ranges.
-    pub(crate) fn add_range(&mut self, set: &str, first: Ipv4Addr, end: Ipv4Addr) {
-        let keys = [(first.octets(), 0), (end.octets(), libc::NFT_SET_ELEM_INTERVAL_END)];
+    /// Adds ranges that neither overlap nor touch to a set of such.
+    pub(crate) fn add_ranges(&mut self, set: &str, ranges: &[Range]) {
+        // The one that ends with the last address has no first that is not in it any more.
+        let end = |last: Ipv4Addr| last.to_bits().checked_add(1).map(u32::to_be_bytes);
+        let keys: Vec<_> = ranges
+            .iter()
+            .flat_map(|(first, last)| {
+                let end = end(*last).map(|end| (end, libc::NFT_SET_ELEM_INTERVAL_END));
+                std::iter::once((first.octets(), 0)).chain(end)
+            })
+            .collect();
         let keys = keys.iter().map(|(key, flags)| (&key[..], *flags as u32));
         self.elements("add to a set", libc::NFT_MSG_NEWSETELEM, ADD, set, keys);
     }
@@ -281,6 +306,7 @@ fn batch_header(bytes: &mut Vec<u8>) {
 // Attribute numbers of linux/netfilter/nf_tables.h; libc has the values but not these.
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
+const NFTA_HOOK_DEV: u16 = 3;
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_USERDATA: u16 = 6;
 const NFTA_CHAIN_TABLE: u16 = 1;

@@ -60,7 +60,7 @@ fn batch(policy: &Policy) -> Requests {
     batch.add_table();
     for (name, listed) in [(ALLOW, &policy.allow), (DENY, &policy.deny)] {
         batch.add_set(name, &Key::Ipv4Range, None);
-        ranges::merge(listed).into_iter().for_each(|(first, last)| batch.add_range(name, first, last));
+        batch.add_ranges(name, &ranges::merge(listed));
     }
     if let Some(filter) = policy.filter {
         redirect(&mut batch, filter);

@@ -11,6 +11,11 @@ const REGISTER: u32 = libc::NFT_REG32_00 as u32;
 /// The first register after an interface name, where a concatenation goes on.
 const AFTER_IFNAME: u32 = REGISTER + 4;
 
+/// The link and the network header of a packet.
+const LINK_HEADER: u32 = libc::NFT_PAYLOAD_LL_HEADER as u32;
+const NETWORK_HEADER: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
+const TRANSPORT_HEADER: u32 = libc::NFT_PAYLOAD_TRANSPORT_HEADER as u32;
+
 // A bit for each state of a connection, of either direction.
 const INVALID: u32 = 1 << 0;
 const ESTABLISHED: u32 = 1 << 1;
@@ -59,11 +64,32 @@ pub(crate) enum Expr<'a> {
     Remembered(Memory),
     /// A TCP connection that is being made takes segments no larger than what fits along its route.
     ClampSegments,
+    /// The packet belongs to a connection's other half, such as an error on its way.
+    Related,
+    /// The packet goes to where its connection was begun.
+    Reply,
+    /// The packet's connection was sent elsewhere than its sender wanted.
+    Redirected,
+    /// What the frame carries.
+    Ethertype(c_int),
+    /// The bytes at that place of the frame's header are others.
+    LinkIsNot(usize, &'a [u8]),
+    /// The bytes at that place of the packet's header are these.
+    NetworkIs(usize, &'a [u8]),
+    /// What the packet carries.
+    Protocol(c_int),
+    /// The port to which a TCP segment or UDP datagram goes.
+    Port(u16),
     Accept,
     Drop,
+    /// Ends a TCP connection, for its sender.
+    Reset,
+    /// Tells the sender that somebody decided that this does not pass.
+    Prohibited,
     Masquerade,
     Snat(Ipv4Addr),
     Dnat(Ipv4Addr),
+    DnatPort(Ipv4Addr, u16),
 }
 
 impl Expr<'_> {
@@ -117,11 +143,48 @@ impl Expr<'_> {
             Self::Invalid => a.connection(INVALID),
             Self::Remembered(memory) => memory.write(NFTA_LIST_ELEM, a),
             Self::ClampSegments => a.clamp_segments(),
+            Self::Related => a.connection(RELATED),
+            Self::Reply => {
+                const IP_CT_DIR_REPLY: u8 = 1;
+                a.of_connection(libc::NFT_CT_DIRECTION);
+                a.compare(libc::NFT_CMP_EQ, &[IP_CT_DIR_REPLY]);
+            }
+            Self::Redirected => {
+                const IPS_DST_NAT: u32 = 1 << 5;
+                a.of_connection(libc::NFT_CT_STATUS);
+                a.masked(&IPS_DST_NAT.to_ne_bytes());
+                a.compare(libc::NFT_CMP_NEQ, &[0; 4]);
+            }
+            Self::Ethertype(kind) => {
+                a.meta(libc::NFT_META_PROTOCOL);
+                a.compare(libc::NFT_CMP_EQ, &(*kind as u16).to_be_bytes());
+            }
+            Self::LinkIsNot(at, bytes) => {
+                a.payload(LINK_HEADER, *at, bytes.len(), REGISTER);
+                a.compare(libc::NFT_CMP_NEQ, bytes);
+            }
+            Self::NetworkIs(at, bytes) => {
+                a.payload(NETWORK_HEADER, *at, bytes.len(), REGISTER);
+                a.compare(libc::NFT_CMP_EQ, bytes);
+            }
+            Self::Protocol(protocol) => a.protocol(*protocol),
+            Self::Port(port) => {
+                const DESTINATION: usize = 2;
+                a.payload(TRANSPORT_HEADER, DESTINATION, 2, REGISTER);
+                a.compare(libc::NFT_CMP_EQ, &port.to_be_bytes());
+            }
             Self::Accept => a.verdict(libc::NF_ACCEPT),
             Self::Drop => a.verdict(libc::NF_DROP),
+            Self::Reset => a.expression("reject", |a| a.number(NFTA_REJECT_TYPE, libc::NFT_REJECT_TCP_RST as u32)),
+            Self::Prohibited => a.expression("reject", |a| {
+                const ICMP_PKT_FILTERED: u8 = 13;
+                a.number(NFTA_REJECT_TYPE, libc::NFT_REJECT_ICMP_UNREACH as u32);
+                a.bytes(NFTA_REJECT_ICMP_CODE, &[ICMP_PKT_FILTERED]);
+            }),
             Self::Masquerade => a.expression("masq", |_| {}),
-            Self::Snat(address) => a.nat(libc::NFT_NAT_SNAT, *address),
-            Self::Dnat(address) => a.nat(libc::NFT_NAT_DNAT, *address),
+            Self::Snat(address) => a.nat(libc::NFT_NAT_SNAT, *address, None),
+            Self::Dnat(address) => a.nat(libc::NFT_NAT_DNAT, *address, None),
+            Self::DnatPort(address, port) => a.nat(libc::NFT_NAT_DNAT, *address, Some(*port)),
         }
     }
 }
@@ -167,12 +230,22 @@ impl Attributes<'_> {
 
     /// Loads an address of the IPv4 header.
     fn address(&mut self, offset: u32, register: u32) {
+        self.payload(NETWORK_HEADER, offset as usize, 4, register);
+    }
+
+    /// Loads a part of a header.
+    fn payload(&mut self, header: u32, offset: usize, length: usize, register: u32) {
         self.expression("payload", |a| {
             a.number(NFTA_PAYLOAD_DREG, register);
-            a.number(NFTA_PAYLOAD_BASE, libc::NFT_PAYLOAD_NETWORK_HEADER as u32);
-            a.number(NFTA_PAYLOAD_OFFSET, offset);
-            a.number(NFTA_PAYLOAD_LEN, 4);
+            a.number(NFTA_PAYLOAD_BASE, header);
+            a.number(NFTA_PAYLOAD_OFFSET, offset as u32);
+            a.number(NFTA_PAYLOAD_LEN, length as u32);
         });
+    }
+
+    fn protocol(&mut self, protocol: c_int) {
+        self.meta(libc::NFT_META_L4PROTO);
+        self.compare(libc::NFT_CMP_EQ, &[protocol as u8]);
     }
 
     fn lookup(&mut self, set: &str) {
@@ -200,30 +273,28 @@ impl Attributes<'_> {
         });
     }
 
-    fn connection(&mut self, states: u32) {
+    fn of_connection(&mut self, key: c_int) {
         self.expression("ct", |a| {
-            a.number(NFTA_CT_KEY, libc::NFT_CT_STATE as u32);
+            a.number(NFTA_CT_KEY, key as u32);
             a.number(NFTA_CT_DREG, REGISTER);
         });
+    }
+
+    fn connection(&mut self, states: u32) {
+        self.of_connection(libc::NFT_CT_STATE);
         self.masked(&states.to_ne_bytes());
         self.compare(libc::NFT_CMP_NEQ, &[0; 4]);
     }
 
     fn clamp_segments(&mut self) {
-        const FLAGS: u32 = 13;
+        const FLAGS: usize = 13;
         const SYN: u8 = 0x02;
         const RST: u8 = 0x04;
         const RT_TCPMSS: u32 = 3;
         const TCPOPT: u32 = 1;
         const OPTION_MAXSEG: u8 = 2;
-        self.meta(libc::NFT_META_L4PROTO);
-        self.compare(libc::NFT_CMP_EQ, &[libc::IPPROTO_TCP as u8]);
-        self.expression("payload", |a| {
-            a.number(NFTA_PAYLOAD_DREG, REGISTER);
-            a.number(NFTA_PAYLOAD_BASE, libc::NFT_PAYLOAD_TRANSPORT_HEADER as u32);
-            a.number(NFTA_PAYLOAD_OFFSET, FLAGS);
-            a.number(NFTA_PAYLOAD_LEN, 1);
-        });
+        self.protocol(libc::IPPROTO_TCP);
+        self.payload(TRANSPORT_HEADER, FLAGS, 1, REGISTER);
         self.masked(&[SYN | RST]);
         self.compare(libc::NFT_CMP_EQ, &[SYN]);
         self.expression("rt", |a| {
@@ -260,12 +331,18 @@ impl Attributes<'_> {
         });
     }
 
-    fn nat(&mut self, kind: c_int, address: Ipv4Addr) {
+    fn nat(&mut self, kind: c_int, address: Ipv4Addr, port: Option<u16>) {
         self.immediate(REGISTER, |a| a.bytes(NFTA_DATA_VALUE, &address.octets()));
+        if let Some(port) = port {
+            self.immediate(REGISTER + 1, |a| a.bytes(NFTA_DATA_VALUE, &port.to_be_bytes()));
+        }
         self.expression("nat", |a| {
             a.number(NFTA_NAT_TYPE, kind as u32);
             a.number(NFTA_NAT_FAMILY, libc::NFPROTO_IPV4 as u32);
             a.number(NFTA_NAT_REG_ADDR_MIN, REGISTER);
+            if port.is_some() {
+                a.number(NFTA_NAT_REG_PROTO_MIN, REGISTER + 1);
+            }
         });
     }
 }
@@ -300,6 +377,9 @@ const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_NAT_TYPE: u16 = 1;
 const NFTA_NAT_FAMILY: u16 = 2;
 const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
+const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
+const NFTA_REJECT_TYPE: u16 = 1;
+const NFTA_REJECT_ICMP_CODE: u16 = 2;
 const NFTA_LIMIT_RATE: u16 = 1;
 const NFTA_LIMIT_UNIT: u16 = 2;
 const NFTA_LIMIT_BURST: u16 = 3;

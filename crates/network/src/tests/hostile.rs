@@ -105,8 +105,17 @@ fn private_ranges_and_metadata_are_out_of_reach() {
             (format!("a datagram to {address}"), vec![Packet::udp(to, 53, EVIL).frame()])
         };
         [
-            "10.0.0.1", "10.11.200.1", "10.255.255.255", "172.16.0.1", "172.31.255.254", "192.168.0.1", "192.168.255.1",
-            "100.64.0.1", "100.127.255.255", "169.254.169.254", "169.254.1.1",
+            "10.0.0.1",
+            "10.11.200.1",
+            "10.255.255.255",
+            "172.16.0.1",
+            "172.31.255.254",
+            "192.168.0.1",
+            "192.168.255.1",
+            "100.64.0.1",
+            "100.127.255.255",
+            "169.254.169.254",
+            "169.254.1.1",
         ]
         .map(to)
         .into()
@@ -139,7 +148,8 @@ fn nobody_sends_from_another_mac() {
 fn fragments_hide_nothing() {
     stay_inside(|world| {
         let metadata = Packet::udp(Ipv4Addr::new(169, 254, 169, 254), 80, &[EVIL, &[7; 2000]].concat());
-        let spoofed = Packet { from: world.b.0.veth_netns_ip(), ..Packet::udp(SERVER, 5000, &[EVIL, &[7; 2000]].concat()) };
+        let spoofed =
+            Packet { from: world.b.0.veth_netns_ip(), ..Packet::udp(SERVER, 5000, &[EVIL, &[7; 2000]].concat()) };
         // Whoever decides by the first fragment alone would let the rest go where it wants.
         let later = Packet { offset: 100, content: EVIL.to_vec(), ..Packet::udp(Ipv4Addr::new(10, 0, 0, 1), 80, EVIL) };
         let whole = Packet { more_follows: false, ..later };
@@ -171,7 +181,12 @@ fn what_belongs_to_no_connection_does_not_leave_undisguised() {
             (format!("a TCP segment with {name}"), vec![packet.frame()])
         };
         let answer = Packet::new(SERVER, ICMP, icmp(0, 0, &[&[0, 1, 0, 1][..], EVIL].concat()));
-        vec![flags(0x04, "RST"), flags(0x3f, "every flag"), flags(0, "none"), ("an answer to no question".into(), vec![answer.frame()])]
+        vec![
+            flags(0x04, "RST"),
+            flags(0x3f, "every flag"),
+            flags(0, "none"),
+            ("an answer to no question".into(), vec![answer.frame()]),
+        ]
     });
 }
 
@@ -187,7 +202,10 @@ fn neither_the_host_nor_another_guest_hears_any_protocol() {
         let attack = |world: &mut World| {
             for to in [b_ip, b_inside, uplink, gateway] {
                 world.attacker.says(&Packet::udp(to, 5000, EVIL).frame());
-                Packet::udp(to, 5000, &[EVIL, &[7; 2000]].concat()).fragments(8).iter().for_each(|part| world.attacker.says(part));
+                Packet::udp(to, 5000, &[EVIL, &[7; 2000]].concat())
+                    .fragments(8)
+                    .iter()
+                    .for_each(|part| world.attacker.says(part));
             }
             for to in [Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST, Ipv4Addr::new(224, 0, 0, 1)] {
                 world.attacker.says(&Packet::udp(to, 9725, EVIL).frame());
@@ -197,7 +215,9 @@ fn neither_the_host_nor_another_guest_hears_any_protocol() {
         };
         attack(&mut world);
         let say = UdpSocket::bind("0.0.0.0:0").unwrap();
-        for (socket, at) in [(&host, "127.0.0.1:5000".to_owned()), (&local, "127.0.0.1:9725".into()), (&b, format!("{b_ip}:5000"))] {
+        for (socket, at) in
+            [(&host, "127.0.0.1:5000".to_owned()), (&local, "127.0.0.1:9725".into()), (&b, format!("{b_ip}:5000"))]
+        {
             say.send_to(b"from the host", &at).unwrap();
             assert_eq!(next(socket), "from the host", "{at}");
         }
@@ -216,14 +236,17 @@ fn pings_go_unanswered_but_by_the_gateway() {
     on_own_machine(|| {
         let mut world = World::new();
         let uplink = Ipv4Addr::new(192, 0, 2, 1);
-        let addresses = [world.b.0.host_ip(), world.b.0.veth_netns_ip(), uplink, world.a.veth_host_ip(), world.a.veth_netns_ip()];
+        let addresses =
+            [world.b.0.host_ip(), world.b.0.veth_netns_ip(), uplink, world.a.veth_host_ip(), world.a.veth_netns_ip()];
         let ask = |world: &mut World, to: Ipv4Addr| {
             world.attacker.says(&Packet::new(to, ICMP, icmp(8, 0, &[&[0, 7, 0, 1][..], EVIL].concat())).frame());
         };
         // Whatever was answered before it would be heard before it.
         let first_answer = |world: &mut World| {
             ask(world, SERVER);
-            let heard = world.attacker.hears(|heard| heard[12..14] == IPV4.to_be_bytes() && heard[23] == ICMP && heard[34] == 0);
+            let heard = world
+                .attacker
+                .hears(|heard| heard[12..14] == IPV4.to_be_bytes() && heard[23] == ICMP && heard[34] == 0);
             Ipv4Addr::from(<[u8; 4]>::try_from(&heard[26..30]).unwrap())
         };
         for to in addresses {
@@ -293,19 +316,26 @@ fn ipv6_and_vlans_are_not_spoken() {
         sh(&format!("ip -n {a} -6 addr add fe80::1/64 dev tap0 nodad"));
         // An echo request to every node of the link.
         let mut echo = vec![128, 0, 0, 0, 0, 1, 0, 1];
-        let (from, to) = ([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x21], [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        let (from, to) = (
+            [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x21],
+            [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+        );
         let sum = icmpv6_checksum(&from, &to, &echo);
         echo[2..4].copy_from_slice(&sum.to_be_bytes());
         let packet = [&[0x60, 0, 0, 0, 0, 8, 58, 255][..], &from, &to, &echo].concat();
         let ping = |world: &mut World| {
             world.attacker.says(&frame(IPV6, &packet));
             world.attacker.says(&frame(ARP, &arp(1, GUEST_MAC, GUEST_ADDRESS, TAP_ADDRESS)));
-            let heard = world.attacker.hears(|heard| heard[12..14] == ARP.to_be_bytes() || heard[12..14] == IPV6.to_be_bytes() && heard[54] != 134 && heard[54] != 143);
+            let heard = world.attacker.hears(|heard| {
+                heard[12..14] == ARP.to_be_bytes()
+                    || heard[12..14] == IPV6.to_be_bytes() && heard[54] != 134 && heard[54] != 143
+            });
             heard[12..14] == IPV6.to_be_bytes()
         };
         assert!(!ping(&mut world), "IPv6 is answered");
         // A tag before the packet is no way around what is looked at.
-        let tagged = frame(VLAN, &[&[0, 5][..], &IPV4.to_be_bytes(), &Packet::udp(SERVER, 5000, EVIL).bytes()].concat());
+        let tagged =
+            frame(VLAN, &[&[0, 5][..], &IPV4.to_be_bytes(), &Packet::udp(SERVER, 5000, EVIL).bytes()].concat());
         sh(&format!("ip -n {a} link add link tap0 name tap0.5 type vlan id 5; ip -n {a} link set tap0.5 up"));
         assert!(!world.leaves(std::slice::from_ref(&tagged)));
 

@@ -347,7 +347,7 @@ fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
 #[test]
 fn an_instance_s_name_is_checked() {
     for name in ["", "0123abc", "0123abcde", "0123ABCD", "0123abc;", "../../.."] {
-        let config = crate::Config { instance: name.to_owned(), ready: 0 };
+        let config = super::machine::config(name);
         assert!(matches!(Network::open(&config), Err(Error::Instance(given)) if given == name));
     }
 }

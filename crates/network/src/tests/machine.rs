@@ -37,11 +37,16 @@ pub(super) fn network() -> Network {
 
 /// The same, with slots made ahead.
 pub(super) fn pooled(ready: usize) -> Network {
-    Network::open(&Config { instance: "0123abcd".to_owned(), ready }).unwrap()
+    Network::open(&Config { ready, ..config("0123abcd") }).unwrap()
 }
 
 pub(super) fn instance(name: &str) -> Network {
-    Network::open(&Config { instance: name.to_owned(), ready: 0 }).unwrap()
+    Network::open(&config(name)).unwrap()
+}
+
+/// Without slots made ahead, and with the floor as it is.
+pub(super) fn config(name: &str) -> Config {
+    Config { instance: name.to_owned(), allow: Vec::new(), deny: Vec::new(), ready: 0 }
 }
 
 /// Runs a command line on this thread's machine and returns what it prints.

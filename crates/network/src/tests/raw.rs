@@ -107,7 +107,13 @@ pub(super) fn icmp(kind: u8, code: u8, rest: &[u8]) -> Vec<u8> {
 
 /// A TCP segment that belongs to no connection.
 pub(super) fn segment(from: Ipv4Addr, to: Ipv4Addr, port: u16, flags: u8, said: &[u8]) -> Vec<u8> {
-    let mut segment = [&4000u16.to_be_bytes()[..], &port.to_be_bytes(), &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0], said].concat();
+    let mut segment = [
+        &4000u16.to_be_bytes()[..],
+        &port.to_be_bytes(),
+        &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0],
+        said,
+    ]
+    .concat();
     let length = segment.len() as u16;
     let pseudo = [&from.octets()[..], &to.octets(), &[0, TCP], &length.to_be_bytes(), &segment].concat();
     let sum = checksum(&pseudo);
