@@ -75,6 +75,26 @@ fn a_slot_has_everything_and_leaves_nothing() {
              \tchain prerouting {\n\
              \t\ttype nat hook prerouting priority dstnat; policy accept;\n\
              \t\tiifname \"eth0\" ip daddr 10.11.0.1 dnat to 169.254.0.21\n\
+             \t}\n}\n\
+             table netdev guard {\n\
+             \tchain frames {\n\
+             \t\ttype filter hook ingress device \"tap0\" priority filter; policy accept;\n\
+             \t\t@ll,48,48 != 0x2fc00000005 drop\n\
+             \t\tip version 4 ip hdrlength 5 ip saddr 169.254.0.21 accept\n\
+             \t\tarp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether 02:fc:00:00:00:05 arp saddr ip 169.254.0.21 \
+             arp daddr ip 169.254.0.22 accept\n\
+             \t\tarp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether 02:fc:00:00:00:05 arp saddr ip 169.254.0.21 \
+             arp daddr ip 169.254.169.254 accept\n\
+             \t\tdrop\n\
+             \t}\n}\n\
+             table ip guard {\n\
+             \tchain input {\n\
+             \t\ttype filter hook input priority filter; policy accept;\n\
+             \t\tiifname \"tap0\" ct status dnat accept\n\
+             \t\tiifname \"tap0\" ct state established,related accept\n\
+             \t\tiifname \"tap0\" ip daddr 169.254.169.254 tcp dport 80 accept\n\
+             \t\tiifname \"tap0\" ip daddr 169.254.0.22 meta l4proto icmp accept\n\
+             \t\tiifname \"tap0\" drop\n\
              \t}\n}\n"
         );
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::guest::{Guest, inside, internet, next, udp};
-use super::machine::{assert_same, inventory, network, on_own_machine, pooled, sh};
+use super::machine::{network, on_own_machine, pooled, sh};
 use crate::policy::{Filter, Policy};
 use crate::{Network, Range, Slot};
 
@@ -222,13 +222,13 @@ fn what_one_guest_may_not_another_may_and_the_next_begins_anew() {
         let network = pooled(1);
         network.sweep(&HashSet::new()).unwrap();
         let server = listen(&internet, SERVER, 80);
-        let before = {
-            network.pool.settle();
-            inventory()
-        };
+        network.pool.settle();
         let slot = network.claim().unwrap();
         network.create(slot).unwrap();
+        let rules = || sh(&format!("ip netns exec {} nft list ruleset", slot.netns()));
+        let new = rules();
         network.set_policy(slot, &off()).unwrap();
+        assert_ne!(rules(), new);
         let guest = Guest::start(slot);
         let other = network.claim().unwrap();
         network.create(other).unwrap();
@@ -239,7 +239,7 @@ fn what_one_guest_may_not_another_may_and_the_next_begins_anew() {
         network.destroy(other).unwrap();
         network.give_back(slot).unwrap();
         network.pool.settle();
-        assert_same(&before, "at the end");
+        assert_eq!(rules(), new);
         let again = loop {
             let claimed = network.claim().unwrap();
             network.create(claimed).unwrap();

@@ -147,6 +147,19 @@ impl RawGuest {
         self.0.write_all(frame).unwrap();
     }
 
+    /// Says it again and again until there is an answer: what is said before the link is there nobody hears.
+    pub(super) fn says_until_heard(&mut self, frame: &[u8]) {
+        const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        for _ in 0..500 {
+            self.says(frame);
+            let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
+            if poll(&mut ready, Some(&BREATH)).unwrap() == 1 {
+                return drop(self.hears(|heard| heard[12..14] == frame[12..14]));
+            }
+        }
+        panic!("the link does not come up");
+    }
+
     /// The first frame that is like this.
     pub(super) fn hears(&mut self, mut like: impl FnMut(&[u8]) -> bool) -> Vec<u8> {
         let mut buffer = [0; 65536];
