@@ -57,7 +57,13 @@ pub struct Config {
     /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
     /// boot snapshots and uses none.
     pub boot_snapshots: Option<Sizes>,
+    /// How many network slots are kept ready; see [`SLOTS_READY`].
+    pub slots_ready: usize,
 }
+
+/// How many network slots an agent keeps ready. A slot is made in some milliseconds, so that is what may be started within
+/// as much and wait for none; each takes a few hundred KiB of the kernel's memory.
+pub const SLOTS_READY: usize = 8;
 
 /// The sizes of a capsule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -146,7 +152,8 @@ impl Host {
         let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
         config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
         let instance = instance(&config.dir);
-        let network = Network::open(&network::Config { instance: instance.clone() }).map_err(Error::Network)?;
+        let network = Network::open(&network::Config { instance: instance.clone(), ready: config.slots_ready })
+            .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         cgroups.create().map_err(Error::Cgroup)?;
@@ -214,24 +221,24 @@ impl Host {
         self.disks.root().join(PASSING)
     }
 
-    /// Claims the lowest free slot of the machine.
+    /// Claims a network slot, one that is ready if there is one.
     pub fn claim_slot(&self) -> Result<Slot, network::Error> {
         self.network.claim()
     }
 
-    /// Makes the network of a claimed slot.
+    /// Makes the network of a claimed slot, if it was not ready.
     pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
         blocking(move || network.create(slot))
     }
 
-    /// Removes the network of a slot, and its claim.
+    /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.
     pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
-        blocking(move || network.destroy(slot))
+        blocking(move || network.give_back(slot))
     }
 
-    /// Removes every slot of an earlier run that is not in `keep`.
+    /// Takes every slot of an earlier run that is not in `keep`, and begins to keep slots ready.
     pub fn sweep_networks(&self, keep: &HashSet<Slot>) -> Result<(), network::Error> {
         self.network.sweep(keep).map(drop)
     }

@@ -93,5 +93,6 @@ pub fn config(
             memory_mib: limits::DEFAULT_MEMORY_MB,
             disk_mib: limits::DEFAULT_DISK_SIZE_MB,
         }),
+        slots_ready: ::agent::SLOTS_READY,
     })
 }

@@ -148,6 +148,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         // What is measured here is a boot.
         objects: None,
         boot_snapshots: None,
+        slots_ready: agent::SLOTS_READY,
     })
 }
 

@@ -155,6 +155,8 @@ pub fn config(dir: &Path) -> Config {
         pager: (program("wrenn"), vec!["pager".into()]),
         objects: None,
         boot_snapshots: None,
+        // What is ready would be counted with what capsules hold.
+        slots_ready: 0,
     }
 }
 
