@@ -63,7 +63,13 @@ pub struct Config {
     pub egress_allow: Vec<Cidr>,
     /// Networks that no capsule may reach.
     pub egress_deny: Vec<Cidr>,
+    /// How many network slots are kept ready; see [`SLOTS_READY`].
+    pub slots_ready: usize,
 }
+
+/// How many network slots an agent keeps ready. A slot is made in some milliseconds, so that is what may be started within
+/// as much and wait for none; each takes a few hundred KiB of the kernel's memory.
+pub const SLOTS_READY: usize = 8;
 
 /// The sizes of a capsule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -158,7 +164,7 @@ impl Host {
             instance: instance.clone(),
             allow: config.egress_allow.iter().map(|cidr| cidr.range()).collect(),
             deny: config.egress_deny.iter().map(|cidr| cidr.range()).collect(),
-            ready: 0,
+            ready: config.slots_ready,
         })
         .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
@@ -229,27 +235,27 @@ impl Host {
         self.disks.root().join(PASSING)
     }
 
-    /// Claims the lowest free slot of the machine.
+    /// Claims a network slot, one that is ready if there is one.
     pub fn claim_slot(&self) -> Result<Slot, network::Error> {
         self.network.claim()
     }
 
-    /// Makes the network of a claimed slot.
+    /// Makes the network of a claimed slot, if it was not ready.
     pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
         blocking(move || network.create(slot))
     }
 
-    /// Removes the network of a slot, and its claim.
+    /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.
     pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let (network, egress) = (self.network.clone(), self.egress.clone());
         blocking(move || {
             egress.end(slot);
-            network.destroy(slot)
+            network.give_back(slot)
         })
     }
 
-    /// Removes every slot of an earlier run that is not in `keep`.
+    /// Takes every slot of an earlier run that is not in `keep`, and begins to keep slots ready.
     pub fn sweep_networks(&self, keep: &HashSet<Slot>) -> Result<(), network::Error> {
         self.network.sweep(keep).map(drop)
     }

@@ -4,6 +4,7 @@ mod guest;
 mod hostile;
 mod lifecycle;
 mod machine;
+mod names;
 mod policy;
 mod pool;
 mod raw;

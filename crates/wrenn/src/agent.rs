@@ -111,5 +111,6 @@ pub fn config(
         }),
         egress_allow: egress.allow,
         egress_deny: egress.deny,
+        slots_ready: ::agent::SLOTS_READY,
     })
 }

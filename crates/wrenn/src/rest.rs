@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::{
-    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, ErrorBody, ErrorCode, ErrorDetail,
-    Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, Signal, Template,
+    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody, ErrorCode,
+    ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, SetEgress, Signal,
+    Template,
 };
 use clap::Args;
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};

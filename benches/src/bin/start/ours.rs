@@ -150,6 +150,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         boot_snapshots: None,
         egress_allow: Vec::new(),
         egress_deny: Vec::new(),
+        slots_ready: agent::SLOTS_READY,
     })
 }
 

@@ -157,6 +157,8 @@ pub fn config(dir: &Path) -> Config {
         boot_snapshots: None,
         egress_allow: Vec::new(),
         egress_deny: Vec::new(),
+        // What is ready would be counted with what capsules hold.
+        slots_ready: 0,
     }
 }
 
