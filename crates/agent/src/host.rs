@@ -34,6 +34,9 @@ pub(crate) const FORGOTTEN: &str = "forgotten";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
 
+/// The MTU of which nobody has to be told.
+const ETHERNET: u16 = 1500;
+
 /// Each sends several chunks at the same time.
 const UPLOADS_AT_ONCE: usize = 2;
 
@@ -244,6 +247,17 @@ impl Host {
     pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
         blocking(move || network.create(slot))
+    }
+
+    /// Has the kernel see that a VMM has attached to the slot, so that its guest is reached at once.
+    pub fn network_attached(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+        let network = self.network.clone();
+        blocking(move || network.attached(slot))
+    }
+
+    /// What guests are told that fits into one packet on the way out; none where it is what they expect.
+    pub fn mtu(&self) -> Option<u16> {
+        u16::try_from(self.network.mtu()).ok().filter(|mtu| *mtu != ETHERNET)
     }
 
     /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::Ipv4Addr;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 
@@ -26,7 +27,7 @@ const SOURCES: &str = "sources";
 const RECEIVED: &str = "received";
 /// The veths, each with the rate at which its guest begins connections.
 const NEW_CONNECTIONS_OF: &str = "new_connections";
-/// The veths, each with the connections that its guest began.
+/// The veths whose guests have connections, each with those that it began.
 const CONNECTIONS_OF: &str = "connections";
 /// The addresses that leave by an uplink in disguise.
 const ADDRESSES: &str = "addresses";
@@ -72,12 +73,15 @@ pub(crate) struct Firewall {
     table: String,
     /// What no guest reaches.
     forbidden: Vec<Range>,
+    /// Kept, because closing one waits until the kernel has freed all that was deleted, which takes as long as making
+    /// several slots. None after an error, of which answers may be left in it.
+    socket: Mutex<Option<Socket>>,
 }
 
 impl Firewall {
     /// With what the operator allows of what is closed by default, and denies of the rest.
     pub(crate) fn new(instance: &str, allow: &[Range], deny: &[Range]) -> Self {
-        Self { table: format!("wrenn_{instance}"), forbidden: forbidden(allow, deny) }
+        Self { table: format!("wrenn_{instance}"), forbidden: forbidden(allow, deny), socket: Mutex::default() }
     }
 
     /// Makes the table with these slots in it. One that an earlier process left is kept if it is what we would make, with all
@@ -90,8 +94,7 @@ impl Firewall {
         rules.bytes().hash(&mut digest);
         let comment = format!("wrenn {:016x}", digest.finish());
 
-        let socket = Socket::open(NETFILTER)?;
-        let found = self.query(&socket).table()?;
+        let found = self.with_socket(|socket| self.query(socket).table())?;
         let is_ours = found == Some((nft::userdata(&comment), rules.rules()));
         let mut batch = self.batch();
         if !is_ours {
@@ -103,30 +106,32 @@ impl Firewall {
             add_chains(&mut batch);
         }
         add_slots(&mut batch, slots);
-        socket.transact(batch.finish())
+        self.transact(batch)
     }
 
     pub(crate) fn add(&self, slot: Slot) -> Result<(), Error> {
         let mut batch = self.batch();
         add_slots(&mut batch, &[slot]);
-        transact(batch)
+        self.transact(batch)
     }
 
     /// Makes all that is remembered of the slot as that of a new one.
     pub(crate) fn reset(&self, slot: Slot) -> Result<(), Error> {
         let mut batch = self.batch();
         elements(slot).iter().for_each(|(set, key)| batch.delete_element(set, key));
+        forget_connections(&mut batch, slot);
         add_slots(&mut batch, &[slot]);
-        transact(batch)
+        self.transact(batch)
     }
 
-    /// Deletes what of the slots is there.
-    pub(crate) fn delete(&self, slots: &[Slot]) -> Result<(), Error> {
-        let elements: Vec<Element> = slots.iter().copied().flat_map(elements).collect();
+    /// Deletes what of the slot is there.
+    pub(crate) fn delete(&self, slot: Slot) -> Result<(), Error> {
+        let elements = elements(slot);
         let delete = |elements: &[Element]| {
             let mut batch = self.batch();
             elements.iter().for_each(|(set, key)| batch.delete_element(set, key));
-            transact(batch)
+            forget_connections(&mut batch, slot);
+            self.transact(batch)
         };
         match delete(&elements) {
             // Some are missing and the kernel deleted none; or the whole table is, and so are they.
@@ -142,11 +147,13 @@ impl Firewall {
 
     /// What each slot sent, and what it was sent.
     pub(crate) fn traffic(&self) -> Result<BTreeMap<Slot, Traffic>, Error> {
-        let socket = Socket::open(NETFILTER)?;
-        let query = self.query(&socket);
-        let received: HashMap<_, _> = query.counters(RECEIVED)?.into_iter().collect();
+        let (sent, received) = self.with_socket(|socket| {
+            let query = self.query(socket);
+            Ok((query.counters(SOURCES)?, query.counters(RECEIVED)?))
+        })?;
+        let received: HashMap<_, _> = received.into_iter().collect();
         let mut all: BTreeMap<Slot, Traffic> = BTreeMap::new();
-        for (key, sent) in query.counters(SOURCES)? {
+        for (key, sent) in sent {
             let name = &key[..libc::IFNAMSIZ.min(key.len())];
             let (Some(slot), Some(&received)) = (slot_of(name), received.get(name)) else { continue };
             let traffic = all.entry(slot).or_insert(Traffic { received, ..Traffic::default() });
@@ -161,11 +168,27 @@ impl Firewall {
         let mut batch = self.batch();
         batch.add_table();
         batch.delete_table();
-        transact(batch)
+        self.transact(batch)
     }
 
     fn batch(&self) -> Batch<'_> {
         Batch::new(libc::NFPROTO_INET, &self.table)
+    }
+
+    fn transact(&self, batch: Batch<'_>) -> Result<(), Error> {
+        self.with_socket(|socket| socket.transact(batch.finish()))
+    }
+
+    /// Talks to netfilter on the host, one at a time.
+    pub(crate) fn with_socket<T>(&self, work: impl FnOnce(&Socket) -> Result<T, Error>) -> Result<T, Error> {
+        let mut kept = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let socket = match kept.take() {
+            Some(socket) => socket,
+            None => Socket::open(NETFILTER)?,
+        };
+        let result = work(&socket)?;
+        *kept = Some(socket);
+        Ok(result)
     }
 
     fn query<'a>(&'a self, socket: &'a Socket) -> Query<'a> {
@@ -180,7 +203,7 @@ fn slot_of(name: &[u8]) -> Option<Slot> {
 }
 
 /// All elements of a slot, by their sets.
-fn elements(slot: Slot) -> [Element; 7] {
+fn elements(slot: Slot) -> [Element; 6] {
     let veth = || ifname(&slot.veth()).to_vec();
     // A packet comes in from the guest's side with the address of the namespace's end, or as an answer to what was sent
     // to the slot's host address.
@@ -192,7 +215,6 @@ fn elements(slot: Slot) -> [Element; 7] {
         (VETHS, veth()),
         (RECEIVED, veth()),
         (NEW_CONNECTIONS_OF, veth()),
-        (CONNECTIONS_OF, veth()),
     ]
 }
 
@@ -201,12 +223,20 @@ fn add_sets(batch: &mut Batch<'_>, uplinks: &BTreeSet<String>, forbidden: &[Rang
     batch.add_set(SOURCES, &Key::IfnameIpv4, Some(Memory::Counter));
     batch.add_set(RECEIVED, &Key::Ifname, Some(Memory::Counter));
     batch.add_set(NEW_CONNECTIONS_OF, &Key::Ifname, Some(RATE));
-    batch.add_set(CONNECTIONS_OF, &Key::Ifname, Some(MOST));
+    batch.add_set(CONNECTIONS_OF, &Key::IfnameDynamic(Slot::MAX.get().into()), None);
     batch.add_set(ADDRESSES, &Key::Ipv4, None);
     batch.add_set(UPLINKS, &Key::Ifname, None);
     batch.add_set(FORBIDDEN, &Key::Ipv4Range, None);
     batch.add_ranges(FORBIDDEN, forbidden);
     batch.add_elements(UPLINKS, &uplinks.iter().map(|name| ifname(name)).collect::<Vec<_>>());
+}
+
+/// Removes the element that counts the guest's connections. It is there only while it has had some lately, and only what
+/// exists can be deleted.
+fn forget_connections(batch: &mut Batch<'_>, slot: Slot) {
+    let veth = ifname(&slot.veth());
+    batch.add_elements(CONNECTIONS_OF, &[veth]);
+    batch.delete_element(CONNECTIONS_OF, &veth);
 }
 
 fn add_slots(batch: &mut Batch<'_>, slots: &[Slot]) {
@@ -228,9 +258,9 @@ fn add_chains(batch: &mut Batch<'_>) {
 
     // What a guest begins, wherever it goes: not too often, not too much. One that is dropped here is not tracked.
     let hook = Hook { kind: "filter", number: libc::NF_INET_PRE_ROUTING, priority: libc::NF_IP_PRI_MANGLE };
-    batch.add_chain("limits", &hook);
-    batch.add_rule("limits", &[New, IifnameIn(NEW_CONNECTIONS_OF), Drop]);
-    batch.add_rule("limits", &[New, IifnameIn(CONNECTIONS_OF), Drop]);
+    batch.add_chain("caps", &hook);
+    batch.add_rule("caps", &[New, IifnameIn(NEW_CONNECTIONS_OF), Drop]);
+    batch.add_rule("caps", &[New, IifnameIn(VETHS), RememberedByIifname(CONNECTIONS_OF, MOST), Drop]);
 
     // To the host itself: only answers.
     let hook = Hook { kind: "filter", number: libc::NF_INET_LOCAL_IN, priority: libc::NF_IP_PRI_FILTER };
@@ -271,9 +301,9 @@ pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
     batch.flush_namespace();
     batch.add_table();
     let hook = Hook { kind: "filter", number: libc::NF_INET_PRE_ROUTING, priority: libc::NF_IP_PRI_MANGLE };
-    batch.add_chain("limits", &hook);
-    batch.add_rule("limits", &[Iifname(TAP), New, Remembered(RATE), Drop]);
-    batch.add_rule("limits", &[Iifname(TAP), New, Remembered(MOST), Drop]);
+    batch.add_chain("caps", &hook);
+    batch.add_rule("caps", &[Iifname(TAP), New, Remembered(RATE), Drop]);
+    batch.add_rule("caps", &[Iifname(TAP), New, Remembered(MOST), Drop]);
     let hook = Hook { kind: "nat", number: libc::NF_INET_POST_ROUTING, priority: libc::NF_IP_PRI_NAT_SRC };
     batch.add_chain("postrouting", &hook);
     batch.add_rule("postrouting", &[Oifname(UPLINK_IN_NETNS), Saddr(GUEST_ADDRESS), Snat(slot.veth_netns_ip())]);
@@ -282,8 +312,4 @@ pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
     batch.add_rule("prerouting", &[Iifname(UPLINK_IN_NETNS), Daddr(slot.host_ip()), Dnat(GUEST_ADDRESS)]);
     socket.transact(batch.finish())?;
     guard::set(socket)
-}
-
-fn transact(batch: Batch<'_>) -> Result<(), Error> {
-    Socket::open(NETFILTER)?.transact(batch.finish())
 }

@@ -110,6 +110,14 @@ pub enum Error {
         #[source]
         source: Failed,
     },
+    /// The kernel could not be made to see that a VMM has attached to a slot's tap.
+    #[error("look at the tap of slot {slot}")]
+    Attached {
+        /// The slot.
+        slot: Slot,
+        #[source]
+        source: Failed,
+    },
     /// Parts of slots could not be removed. Their claims stay, and another attempt may be made.
     #[error("remove a slot: {0}")]
     Destroy(Leftovers),
@@ -194,6 +202,12 @@ impl Network {
         let refused = |source| Error::Policy { slot, source };
         let socket = namespace::netfilter(slot).map_err(refused)?;
         policy::set(&socket, policy).map_err(|error| refused(Step::Rules.failed()(error)))
+    }
+
+    /// To be called when a VMM has attached to the slot's tap. Without it nothing reaches the guest until the kernel looks at
+    /// links again, which is at most once a second for all of them together.
+    pub fn attached(&self, slot: Slot) -> Result<(), Error> {
+        namespace::look_at_tap(slot).map_err(|source| Error::Attached { slot, source })
     }
 
     /// Takes a slot back, which is then nobody's: it is cleaned for the next or removed, in the background. Nothing happens to

@@ -15,7 +15,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
-use crate::route::VethEnd;
+use crate::route::{self, VethEnd};
 use crate::slot::{
     GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_INDEX, TAP_MAC, TAP_PREFIX, UPLINK_IN_NETNS,
     UPLINK_INDEX, VETH_PREFIX,
@@ -53,6 +53,15 @@ pub(crate) fn create(slot: Slot, mtu: u32, steps: &Steps) -> Result<(), Failed> 
 /// Makes the namespace of `slot`, which somebody had, as good as new. Refuses one that has more in it than `new`.
 pub(crate) fn clean(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Failed> {
     on_own_thread(slot, || rebuild(slot, mtu, new, steps))
+}
+
+/// Has the kernel see now whether anybody is attached to the tap: it is told the state of a link only after it was looked at.
+pub(crate) fn look_at_tap(slot: Slot) -> Result<(), Failed> {
+    on_own_thread(slot, || {
+        enter(slot).map_err(Step::Namespace.failed())?;
+        let looked = Socket::open(ROUTE).and_then(|socket| route::mtu(&socket, TAP));
+        looked.map(drop).map_err(Step::Tap.failed())
+    })
 }
 
 /// What is in a new namespace. How much the kernel puts there depends on how it was built, so one is made and looked at; it

@@ -30,6 +30,8 @@ pub(crate) enum Key {
     /// Ranges, each an element that begins it and one that is its first address no longer in it.
     Ipv4Range,
     IfnameIpv4,
+    /// Elements come with packets, by [`Expr::RememberedByIifname`], and go when they remember nothing. At most that many.
+    IfnameDynamic(u32),
 }
 
 /// A base chain's place.
@@ -152,6 +154,7 @@ impl<'a> Batch<'a> {
             Key::Ipv4 => (TYPE_IPV4, 4, 0),
             Key::Ipv4Range => (TYPE_IPV4, 4, libc::NFT_SET_INTERVAL),
             Key::IfnameIpv4 => (TYPE_IFNAME << 6 | TYPE_IPV4, libc::IFNAMSIZ + 4, 0),
+            Key::IfnameDynamic(_) => (TYPE_IFNAME, libc::IFNAMSIZ, libc::NFT_SET_EVAL),
         };
         self.push("add a set", libc::NFT_MSG_NEWSET, ADD, |a| {
             a.text(NFTA_SET_TABLE, table);
@@ -160,7 +163,10 @@ impl<'a> Batch<'a> {
             a.number(NFTA_SET_KEY_TYPE, kind);
             a.number(NFTA_SET_KEY_LEN, length as u32);
             a.number(NFTA_SET_ID, id);
-            if matches!(key, Key::Ifname) {
+            if let Key::IfnameDynamic(most) = key {
+                a.nest(NFTA_SET_DESC, |a| a.number(NFTA_SET_DESC_SIZE, *most));
+            }
+            if matches!(key, Key::Ifname | Key::IfnameDynamic(_)) {
                 // For `nft list` alone: the keys are text and not a number. A type, a length, and "host byte order".
                 a.bytes(NFTA_SET_USERDATA, &[&[0, 4], &1u32.to_ne_bytes()[..]].concat());
             }
@@ -322,6 +328,8 @@ const NFTA_SET_NAME: u16 = 2;
 const NFTA_SET_FLAGS: u16 = 3;
 const NFTA_SET_KEY_TYPE: u16 = 4;
 const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DESC: u16 = 9;
+const NFTA_SET_DESC_SIZE: u16 = 1;
 const NFTA_SET_ID: u16 = 10;
 const NFTA_SET_USERDATA: u16 = 13;
 const NFTA_SET_EXPR: u16 = 17;

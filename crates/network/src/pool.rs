@@ -193,7 +193,7 @@ impl Pool {
     fn job(&self, state: &mut State, now: Instant) -> Option<Job> {
         let is_wanted = state.ready.len() < self.size;
         if let Some(&used) = state.used.front() {
-            // Low numbers stay, so that what is idle is always the same.
+            // Low numbers stay and come back, so that what is ready on an idle machine is always the same.
             let highest = state.ready.iter().copied().enumerate().max_by_key(|(_, slot)| *slot);
             if let (false, Some((index, highest))) = (is_wanted, highest)
                 && highest > used
@@ -204,7 +204,8 @@ impl Pool {
             }
             state.used.pop_front();
             state.working = Some(used);
-            return Some(if is_wanted { Job::Clean(used) } else { Job::Destroy(used) });
+            let is_kept = is_wanted && !self.slots.claims.is_lower_free(used);
+            return Some(if is_kept { Job::Clean(used) } else { Job::Destroy(used) });
         }
         if !is_wanted || state.again_at.is_some_and(|at| at > now) {
             return None;

@@ -9,7 +9,7 @@ use rustix::net::netdevice::name_to_index;
 use crate::claims::Claims;
 use crate::firewall::Firewall;
 use crate::namespace::Census;
-use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
+use crate::netlink::{ROUTE, Requests, Socket};
 use crate::slot::{Slot, VETH_PREFIX};
 use crate::step::{Failed, Step, Steps};
 use crate::{Error, Leftovers, conntrack, namespace, sockets};
@@ -60,7 +60,6 @@ impl Slots {
     ///
     /// No process may be in its namespace.
     pub(crate) fn clean(&self, slot: Slot) -> Result<(), Failed> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let new = match self.new.get() {
             Some(new) => new,
             None => {
@@ -69,7 +68,7 @@ impl Slots {
             }
         };
         namespace::clean(slot, self.mtu, new, &self.steps)?;
-        forget_connections(slot).map_err(Step::Connections.failed())?;
+        self.forget_connections(slot).map_err(Step::Connections.failed())?;
         self.steps.done(Step::Connections)?;
         shape_anew(slot).map_err(Step::HostEnd.failed())?;
         self.steps.done(Step::HostEnd)?;
@@ -106,13 +105,20 @@ impl Slots {
         if leftovers.is_empty() { Ok(()) } else { Err(Error::Destroy(Leftovers(leftovers))) }
     }
 
+    /// Ends what the host still says to the slot's guest, and forgets what its guest said to others.
+    fn forget_connections(&self, slot: Slot) -> io::Result<()> {
+        sockets::abort_to(slot.host_ip())?;
+        Ok(self.firewall.with_socket(|socket| conntrack::forget(socket, slot))?)
+    }
+
     /// Removes what is there, in reverse; returns what could not be removed.
     fn tear_down(&self, slot: Slot) -> Vec<Failed> {
-        let link = delete_link(&slot.veth()).map_err(Step::Links.failed());
-        let namespace = namespace::unname(slot).map_err(Step::Namespace.failed());
-        let connections = forget_connections(slot).map_err(Step::Connections.failed());
-        let firewall = self.firewall.delete(&[slot]).map_err(Step::Firewall.failed());
-        [link, namespace, connections, firewall].into_iter().filter_map(Result::err).collect()
+        let done = |step: Step, removed: Result<(), Failed>| removed.and_then(|()| self.steps.done(step)).err();
+        let link = done(Step::Links, delete_link(&slot.veth()).map_err(Step::Links.failed()));
+        let namespace = done(Step::Namespace, namespace::unname(slot).map_err(Step::Namespace.failed()));
+        let connections = done(Step::Connections, self.forget_connections(slot).map_err(Step::Connections.failed()));
+        let firewall = done(Step::Firewall, self.firewall.delete(slot).map_err(Step::Firewall.failed()));
+        [link, namespace, connections, firewall].into_iter().flatten().collect()
     }
 }
 
@@ -135,12 +141,6 @@ fn shape_anew(slot: Slot) -> io::Result<()> {
     let mut requests = Requests::default();
     requests.shape(name_to_index(&socket, &slot.veth())?);
     Ok(socket.transact(requests)?)
-}
-
-/// Ends what the host still says to the slot's guest, and forgets what its guest said to others.
-fn forget_connections(slot: Slot) -> io::Result<()> {
-    sockets::abort_to(slot.host_ip())?;
-    Ok(conntrack::forget(&Socket::open(NETFILTER)?, slot)?)
 }
 
 /// Deletes the pair by its end on the host; addresses and routes go with it.

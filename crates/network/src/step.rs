@@ -62,12 +62,18 @@ impl Step {
     }
 }
 
-/// Told of each step that is done; a test makes it fail there.
+/// Told of each step that is done; a test makes it fail there, or ends the process.
 #[derive(Default)]
 pub(crate) struct Steps {
     #[cfg(test)]
     pub(crate) fail_after: std::sync::Mutex<Option<Step>>,
+    #[cfg(test)]
+    count: std::sync::atomic::AtomicUsize,
 }
+
+/// The environment variable that says at which step a test's process kills itself.
+#[cfg(test)]
+pub(crate) const KILL_AT: &str = "WRENN_NETWORK_KILL_AT";
 
 impl Steps {
     #[cfg(not(test))]
@@ -77,6 +83,10 @@ impl Steps {
 
     #[cfg(test)]
     pub(crate) fn done(&self, step: Step) -> Result<(), Failed> {
+        let count = 1 + self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if std::env::var(KILL_AT).is_ok_and(|at| at == count.to_string()) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
         match *self.fail_after.lock().unwrap() {
             Some(last) if last == step => Err(step.failed()(io::Error::other("injected"))),
             _ => Ok(()),

@@ -253,8 +253,12 @@ pub async fn start(
         let client = client.map_err(Error::Configure)?;
         debug!(capsule = %spec.id, "VMM listens");
         let versions = match &saved {
-            None => boot(host, &client, &guest, &spec).await?,
-            Some(saved) => resume(&client, &guest, &spec, &dir, saved, origin, &journal.record().versions).await?,
+            None => boot(host, &client, &guest, &spec, slot).await?,
+            Some(saved) => {
+                load(&client, &spec, saved).await?;
+                host.network_attached(slot).await.map_err(Error::Network)?;
+                restore(&guest, &spec, &dir, origin, &journal.record().versions).await?
+            }
         };
         Ok((client.version().to_string(), versions))
     };
@@ -428,7 +432,7 @@ async fn pager(host: &Host, spec: &Spec, dir: &Path, served: Served) -> Result<P
 }
 
 /// Boots the image. Returns envd's version.
-async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Result<String, Error> {
+async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec, slot: Slot) -> Result<String, Error> {
     let boot = Boot {
         kernel: &host.config.kernel,
         boot_args: BOOT_ARGS,
@@ -437,11 +441,13 @@ async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Resul
         memory_mib: spec.memory_mib,
         tap: TAP,
         mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
+        mtu: host.mtu(),
     };
     client.configure(&boot).await.map_err(Error::Configure)?;
     client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM configured");
     client.start().await.map_err(Error::Configure)?;
+    host.network_attached(slot).await.map_err(Error::Network)?;
     debug!(capsule = %spec.id, "guest started");
     let health = guest.first_answer().await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, "guest answered");
@@ -450,16 +456,8 @@ async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Resul
     Ok(health.version)
 }
 
-/// Loads the snapshot and lets the guest go on. Returns envd's version: the one that is in the memory.
-async fn resume(
-    client: &Client,
-    guest: &Guest,
-    spec: &Spec,
-    dir: &Path,
-    saved: &Saved,
-    origin: Origin<'_>,
-    versions: &std::collections::BTreeMap<String, String>,
-) -> Result<String, Error> {
+/// Loads the snapshot and lets the guest go on.
+async fn load(client: &Client, spec: &Spec, saved: &Saved) -> Result<(), Error> {
     let inside = Path::new(vmm::CAPSULE_DIR);
     let load = Load {
         state: &inside.join(files::state(saved.number)),
@@ -475,6 +473,17 @@ async fn resume(
     client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
     client.resume().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");
+    Ok(())
+}
+
+/// Has the guest be nobody's twin. Returns envd's version: the one that is in the memory.
+async fn restore(
+    guest: &Guest,
+    spec: &Spec,
+    dir: &Path,
+    origin: Origin<'_>,
+    versions: &std::collections::BTreeMap<String, String>,
+) -> Result<String, Error> {
     let name = spec.id.to_string();
     let kind = if origin.point().is_some() { RestoreKind::Fork } else { RestoreKind::Resume };
     // What boots is called as its image says, also when its boot was done before.

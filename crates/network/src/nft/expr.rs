@@ -62,6 +62,9 @@ pub(crate) enum Expr<'a> {
     /// The packet belongs to no connection and cannot begin one.
     Invalid,
     Remembered(Memory),
+    /// The same for each incoming interface, in a set of those. A set's own memory must not count connections: the kernel
+    /// (6.18) then takes connection tracking for unused once some elements were added, and ends it for all.
+    RememberedByIifname(&'a str, Memory),
     /// A TCP connection that is being made takes segments no larger than what fits along its route.
     ClampSegments,
     /// The packet belongs to a connection's other half, such as an error on its way.
@@ -142,6 +145,15 @@ impl Expr<'_> {
             Self::New => a.connection(NEW),
             Self::Invalid => a.connection(INVALID),
             Self::Remembered(memory) => memory.write(NFTA_LIST_ELEM, a),
+            Self::RememberedByIifname(set, memory) => {
+                a.meta(libc::NFT_META_IIFNAME);
+                a.expression("dynset", |a| {
+                    a.text(NFTA_DYNSET_SET_NAME, set);
+                    a.number(NFTA_DYNSET_OP, libc::NFT_DYNSET_OP_ADD as u32);
+                    a.number(NFTA_DYNSET_SREG_KEY, REGISTER);
+                    memory.write(NFTA_DYNSET_EXPR, a);
+                });
+            }
             Self::ClampSegments => a.clamp_segments(),
             Self::Related => a.connection(RELATED),
             Self::Reply => {
@@ -399,3 +411,7 @@ const NFTA_EXTHDR_OFFSET: u16 = 3;
 const NFTA_EXTHDR_LEN: u16 = 4;
 const NFTA_EXTHDR_OP: u16 = 6;
 const NFTA_EXTHDR_SREG: u16 = 7;
+const NFTA_DYNSET_SET_NAME: u16 = 1;
+const NFTA_DYNSET_OP: u16 = 3;
+const NFTA_DYNSET_SREG_KEY: u16 = 4;
+const NFTA_DYNSET_EXPR: u16 = 7;

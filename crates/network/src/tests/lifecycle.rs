@@ -63,7 +63,7 @@ fn a_slot_has_everything_and_leaves_nothing() {
         assert_eq!(
             sh("ip netns exec wrenn-ns-1 nft list ruleset"),
             "table ip wrenn {\n\
-             \tchain limits {\n\
+             \tchain caps {\n\
              \t\ttype filter hook prerouting priority mangle; policy accept;\n\
              \t\tiifname \"tap0\" ct state new limit rate over 1000/second burst 2000 packets drop\n\
              \t\tiifname \"tap0\" ct state new ct count over 4096 drop\n\
@@ -312,7 +312,7 @@ fn a_leftover_without_a_claim_does_not_block_its_slot_for_ever() {
         again.create(slot).unwrap();
         again.destroy(slot).unwrap();
         again.close().unwrap();
-        network.pool.slots.firewall.delete(&[slot]).unwrap();
+        network.pool.slots.firewall.delete(slot).unwrap();
         assert_same(&before, "at the end");
     });
 }

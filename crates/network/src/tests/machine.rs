@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{Config, Network};
 
 /// Runs `test` on a machine without links but `lo`, and without a default route.
-pub(super) fn on_own_machine(test: impl FnOnce() + Send) {
+pub(crate) fn on_own_machine(test: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let result = scope
             .spawn(|| {
@@ -50,7 +50,7 @@ pub(super) fn config(name: &str) -> Config {
 }
 
 /// Runs a command line on this thread's machine and returns what it prints.
-pub(super) fn sh(line: &str) -> String {
+pub(crate) fn sh(line: &str) -> String {
     let output = Command::new("sh").args(["-ec", line]).output().unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
