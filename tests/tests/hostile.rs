@@ -158,10 +158,10 @@ async fn root_in_a_capsule_reaches_the_internet_and_nothing_else() {
     let (world, datagrams) = World::new();
     let up = world.up();
     let (attacker, victim) = (up.create().await, up.create().await);
-    up.output(&victim, "setsid python3 -m http.server 9000 --bind 0.0.0.0 >/dev/null 2>&1 & sleep 1").await;
+    up.output(&victim, "setsid python3 -m http.server 9000 --bind 0.0.0.0 >/dev/null 2>&1 </dev/null &").await;
+    while !reaches(&up, &victim, "127.0.0.1", 9000).await {}
     let victim_at = host_address(&up, &victim);
     let api: SocketAddr = up.url().strip_prefix("http://").unwrap().parse().unwrap();
-    assert!(reaches(&up, &victim, "127.0.0.1", 9000).await, "there is something to be reached");
     assert!(reaches(&up, &attacker, SERVER, 80).await);
     let own = u32::from(host_address(&up, &attacker));
     let gateway = Ipv4Addr::from((10 << 24 | 12 << 16) + 2 * (own & 0xffff));
