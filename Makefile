@@ -60,6 +60,6 @@ bench-snapshot-store: PEER = qemu-utils zstd
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 
-## One parser against ten minutes of made-up input: api, files, guest, pager or snapshot.
+## One parser against ten minutes of made-up input: api, egress, files, guest, pager or snapshot.
 fuzz-%:
 	tools/fuzz.sh $*

@@ -9,6 +9,11 @@ fuzz_target!(|text: &str| {
     }
     let _ = api::Selector::parse(text);
     let _ = text.parse::<api::MetricsRange>();
+    if let Ok(set) = serde_json::from_str::<api::SetEgress>(text)
+        && let Ok(policy) = set.validate("")
+    {
+        assert_eq!(api::SetEgress::from(api::Egress::from(&policy)).validate(""), Ok(policy));
+    }
     if let Ok(exec) = serde_json::from_str::<api::Exec>(text) {
         let _ = exec.validate();
     }

@@ -1,6 +1,7 @@
 //! A `wrenn up` for one test: its own directory, port and key, and a client for its API.
 
 use std::io::{BufRead, BufReader};
+use std::net::Ipv4Addr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +27,8 @@ pub struct Options {
     pub database_url: Option<String>,
     /// More arguments.
     pub args: Vec<String>,
+    /// The name of the network namespace it runs in, and its address there; the tests' own and the loopback otherwise.
+    pub netns: Option<(String, Ipv4Addr)>,
 }
 
 /// A running `wrenn up`. Dropping it sends what ctrl-C sends and waits for the end.
@@ -200,8 +203,16 @@ impl Drop for Up {
 
 fn spawn(dir: &Path, options: &Options) -> (Child, Ready) {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("up.log")).unwrap();
-    let mut command = Command::new(program("wrenn"));
-    command.args(["up", "--json", "--listen", "127.0.0.1:0", "--dir"]).arg(dir).args(&options.args);
+    let (mut command, address) = match &options.netns {
+        None => (Command::new(program("wrenn")), Ipv4Addr::LOCALHOST),
+        Some((name, address)) => {
+            // Not by `ip netns exec`, which hides the control groups.
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net=/run/netns/{name}")).arg(program("wrenn"));
+            (command, *address)
+        }
+    };
+    command.args(["up", "--json", "--listen", &format!("{address}:0"), "--dir"]).arg(dir).args(&options.args);
     match &options.database_url {
         Some(url) => command.env("DATABASE_URL", url),
         None => command.env_remove("DATABASE_URL"),

@@ -4,6 +4,7 @@
 //! timeouts beyond that of connecting, no state.
 
 mod client;
+pub mod egress;
 mod endpoint;
 pub mod port;
 

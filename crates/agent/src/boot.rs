@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use api::CapsuleId;
+use api::egress::Policy;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
 use tokio_util::sync::CancellationToken;
@@ -186,7 +187,7 @@ async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> 
         template_id: String::new(),
     };
     let token = random_token().map_err(Error::Prepare)?;
-    let mut journal = Journal::create(host.passing(), spec, token).map_err(Error::Prepare)?;
+    let mut journal = Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)?;
     let made = capture(host, &mut journal).await;
     let released = release(host, id, journal.dir(), Some(journal.record())).await;
     for error in released.err().unwrap_or_default() {

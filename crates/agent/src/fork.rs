@@ -27,9 +27,11 @@ impl Agent {
         let point = self.capture(parent, self.host.passing()).await.map_err(Error)?;
         let starts = children.into_iter().map(|spec| {
             let (agent, point) = (self.clone(), point.clone());
+            // As it is now, not as it was when the parent was made.
+            let egress = (*parent.observed().egress).clone();
             async move {
                 let id = spec.id;
-                let handle = agent.create(spec, From::Point(point)).map_err(|error| crate::chain(&error))?;
+                let handle = agent.create(spec, egress, From::Point(point)).map_err(|error| crate::chain(&error))?;
                 let settled = handle.settled().await;
                 if settled.has_ended() {
                     warn!(child = %id, reason = settled.reason, "a fork could not be started");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::CapsuleId;
+use api::egress::Cidr;
 use disk::{Disks, ImageName};
 use network::Network;
 use network::slot::Slot;
@@ -20,6 +21,7 @@ use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
 use crate::capsule::record::Journal;
+use crate::egress::Egress;
 use crate::point::Meta;
 
 pub(crate) const CAPSULES: &str = "capsules";
@@ -31,6 +33,9 @@ pub(crate) const BOOTS: &str = "boots";
 pub(crate) const FORGOTTEN: &str = "forgotten";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
+
+/// The MTU of which nobody has to be told.
+const ETHERNET: u16 = 1500;
 
 /// Each sends several chunks at the same time.
 const UPLOADS_AT_ONCE: usize = 2;
@@ -57,7 +62,17 @@ pub struct Config {
     /// What image templates' capsules begin from in place of a boot: sizes taken when the host is opened. `None` makes no
     /// boot snapshots and uses none.
     pub boot_snapshots: Option<Sizes>,
+    /// Private and link-local networks that capsules may reach although they are closed to them by default.
+    pub egress_allow: Vec<Cidr>,
+    /// Networks that no capsule may reach.
+    pub egress_deny: Vec<Cidr>,
+    /// How many network slots are kept ready; see [`SLOTS_READY`].
+    pub slots_ready: usize,
 }
+
+/// How many network slots an agent keeps ready. A slot is made in some milliseconds, so that is what may be started within
+/// as much and wait for none; each takes a few hundred KiB of the kernel's memory.
+pub const SLOTS_READY: usize = 8;
 
 /// The sizes of a capsule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +99,8 @@ pub struct Host {
     pub images: BTreeMap<String, PathBuf>,
     /// The memory of everything that is saved here.
     pub memory: Store,
+    /// What capsules may reach outside.
+    pub egress: Egress,
     /// What is begun from in place of booting an image.
     pub boots: Boots,
     /// Where what is paused goes too.
@@ -146,7 +163,13 @@ impl Host {
         let make = |dir: &PathBuf| std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize());
         config.dir = make(&config.dir).map_err(|source| Error::Dir(config.dir.clone(), source))?;
         let instance = instance(&config.dir);
-        let network = Network::open(&network::Config { instance: instance.clone() }).map_err(Error::Network)?;
+        let network = Network::open(&network::Config {
+            instance: instance.clone(),
+            allow: config.egress_allow.iter().map(|cidr| cidr.range()).collect(),
+            deny: config.egress_deny.iter().map(|cidr| cidr.range()).collect(),
+            ready: config.slots_ready,
+        })
+        .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         cgroups.create().map_err(Error::Cgroup)?;
@@ -175,7 +198,8 @@ impl Host {
             .map_err(|source| Error::Dir(disks.root().join(BOOTS), source))?;
         let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
         let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
-        Ok(Self { config, network, disks, cgroups, images, instance, memory, boots, objects, uploads })
+        let egress = Egress::new(network.clone());
+        Ok(Self { config, network, egress, disks, cgroups, images, instance, memory, boots, objects, uploads })
     }
 
     /// The directory of all capsules' directories.
@@ -214,30 +238,45 @@ impl Host {
         self.disks.root().join(PASSING)
     }
 
-    /// Claims the lowest free slot of the machine.
+    /// Claims a network slot, one that is ready if there is one.
     pub fn claim_slot(&self) -> Result<Slot, network::Error> {
         self.network.claim()
     }
 
-    /// Makes the network of a claimed slot.
+    /// Makes the network of a claimed slot, if it was not ready.
     pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
         blocking(move || network.create(slot))
     }
 
-    /// Removes the network of a slot, and its claim.
-    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+    /// Has the kernel see that a VMM has attached to the slot, so that its guest is reached at once.
+    pub fn network_attached(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
-        blocking(move || network.destroy(slot))
+        blocking(move || network.attached(slot))
     }
 
-    /// Removes every slot of an earlier run that is not in `keep`.
+    /// What guests are told that fits into one packet on the way out; none where it is what they expect.
+    pub fn mtu(&self) -> Option<u16> {
+        u16::try_from(self.network.mtu()).ok().filter(|mtu| *mtu != ETHERNET)
+    }
+
+    /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.
+    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+        let (network, egress) = (self.network.clone(), self.egress.clone());
+        blocking(move || {
+            egress.end(slot);
+            network.give_back(slot)
+        })
+    }
+
+    /// Takes every slot of an earlier run that is not in `keep`, and begins to keep slots ready.
     pub fn sweep_networks(&self, keep: &HashSet<Slot>) -> Result<(), network::Error> {
         self.network.sweep(keep).map(drop)
     }
 
     /// Gives back what is the host's own; every capsule must be gone.
     pub async fn close(self) -> Result<(), CloseError> {
+        drop(self.egress);
         let network = Arc::into_inner(self.network).ok_or(CloseError::InUse)?;
         network.close().map_err(CloseError::Network)?;
         self.cgroups.remove().await.map_err(CloseError::Cgroup)?;

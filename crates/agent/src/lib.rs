@@ -6,6 +6,7 @@
 pub mod audit;
 mod boot;
 pub mod capsule;
+pub mod egress;
 mod fork;
 pub mod guest;
 pub mod host;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::CapsuleId;
+use api::egress::Policy;
 use axum::Router;
 use axum::routing::any;
 use futures::StreamExt;
@@ -32,7 +34,7 @@ use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal, remote};
 use host::Host;
-pub use host::{Config, Sizes};
+pub use host::{Config, SLOTS_READY, Sizes};
 use templates::Templates;
 
 /// How long the agent remembers a capsule that has ended, for callers that ask what became of it.
@@ -115,13 +117,13 @@ impl Agent {
     }
 
     /// Starts a capsule, or answers with the one of that id that is already there.
-    fn create(&self, spec: Spec, from: driver::From) -> io::Result<Handle> {
+    fn create(&self, spec: Spec, egress: Policy, from: driver::From) -> io::Result<Handle> {
         let mut capsules = self.lock();
         if let Some(entry) = capsules.get(&spec.id) {
             return Ok(entry.handle.clone());
         }
         let id = spec.id;
-        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, random_token()?)?;
+        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, egress, random_token()?)?;
         let handle = driver::spawn_start(self.host.clone(), journal, from);
         capsules.insert(id, Entry { handle: handle.clone(), ended: None });
         Ok(handle)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use agent_api::*;
 use api::CapsuleId;
+use api::egress::Policy;
 use axum::Router;
 use connectrpc::{ConnectError, ErrorCode, RequestContext, Response, ServiceRequest, ServiceResult};
 
@@ -29,14 +30,15 @@ impl HostAgent for Agent {
         request: ServiceRequest<'_, CreateCapsuleRequest>,
     ) -> ServiceResult<CreateCapsuleResponse> {
         let request = request.to_owned_message();
-        let spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
+        let mut spec = request.spec.into_option().ok_or_else(|| ConnectError::invalid_argument("spec is missing"))?;
         let template = self.find_template(&spec.image).await.map_err(remote_refused)?;
         if template.is_none() && !self.has_image(&spec.image) {
             return Err(ConnectError::not_found(format!("this host has no image or template `{}`", spec.image)));
         }
+        let egress = policy(spec.egress.take())?;
         let spec = parse(spec, template.as_ref().map(|point| &point.meta))?;
         let from = template.map_or(From::Image, From::Point);
-        let handle = self.create(spec, from).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
+        let handle = self.create(spec, egress, from).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         let observed = handle.settled().await;
         if observed.state == CapsuleState::Failed {
             let failed = if observed.host_full { ConnectError::resource_exhausted } else { ConnectError::internal };
@@ -91,6 +93,9 @@ impl HostAgent for Agent {
             }
             found => found?,
         };
+        if let Some(egress) = request.to_owned_message().egress.into_option() {
+            handle.set_egress(policy(Some(egress))?).await.map_err(refused)?;
+        }
         handle.resume().await.map_err(refused)?;
         Response::ok(ResumeCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
     }
@@ -172,6 +177,17 @@ impl HostAgent for Agent {
         Response::ok(ListTemplatesResponse { templates, ..Default::default() })
     }
 
+    async fn set_egress(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetEgressRequest>,
+    ) -> ServiceResult<SetEgressResponse> {
+        let request = request.to_owned_message();
+        let handle = self.living(&request.id)?;
+        handle.set_egress(policy(request.egress.into_option())?).await.map_err(refused)?;
+        Response::ok(SetEgressResponse::default())
+    }
+
     async fn touch_capsule(
         &self,
         _: RequestContext,
@@ -221,7 +237,7 @@ fn refused(refused: Refused) -> ConnectError {
         Refused::Remote(error) => remote_refused(error),
         Refused::Resume(start::Error::Claim(_)) => ConnectError::resource_exhausted(message),
         Refused::Resume(error) if error.is_damage() => ConnectError::data_loss(message),
-        Refused::Save(_) | Refused::Resume(_) => ConnectError::internal(message),
+        Refused::Save(_) | Refused::Resume(_) | Refused::Egress(_) => ConnectError::internal(message),
     }
 }
 
@@ -242,6 +258,14 @@ fn capture_failed(error: CaptureError) -> ConnectError {
         CaptureError::Dir(_) => ConnectError::internal(crate::chain(&error)),
         CaptureError::Refused(reason) => refused(reason),
     }
+}
+
+/// What a message says that a capsule may reach.
+fn policy(egress: Option<Egress>) -> Result<Policy, ConnectError> {
+    egress
+        .unwrap_or_default()
+        .try_into()
+        .map_err(|error: egress::Error| ConnectError::invalid_argument(error.to_string()))
 }
 
 /// A spec that can be made, from a template if there is one.
@@ -299,6 +323,7 @@ fn message(handle: &Handle) -> Capsule {
             timeout_sec: spec.timeout_sec,
             default_env: spec.default_env.clone().into_iter().collect(),
             template_id: spec.template_id.clone(),
+            egress: (!observed.egress.is_open()).then(|| Egress::from(&*observed.egress)).into(),
             ..Default::default()
         }
         .into(),

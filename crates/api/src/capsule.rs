@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::egress::{Egress, Policy, SetEgress};
 use crate::id::CapsuleId;
 use crate::limits::{self, Invalid};
 use crate::name::SafeName;
@@ -66,11 +67,14 @@ pub struct CreateCapsule {
     pub metadata: Option<BTreeMap<String, String>>,
     /// Whether a request to one of its URLs wakes it when it is paused; false when absent.
     pub auto_resume: Option<bool>,
-    /// Who may use its URLs.
+    /// `false` is short for `0.0.0.0/0` in `network.deny_out`: it reaches nothing outside but what `network.allow_out` names.
+    #[serde(alias = "allowInternetAccess")]
+    pub allow_internet_access: Option<bool>,
+    /// Who may use its URLs, and what it may reach.
     pub network: Option<Network>,
 }
 
-/// Who may reach what listens in a capsule, at `{port}-{capsule}.{domain}`.
+/// Who may reach what listens in a capsule, at `{port}-{capsule}.{domain}`, and what the capsule may reach outside.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Network {
@@ -78,6 +82,12 @@ pub struct Network {
     /// header `e2b-traffic-access-token`.
     #[serde(alias = "allowPublicTraffic")]
     pub allow_public_traffic: Option<bool>,
+    /// As in `PUT /v1/capsules/{id}/network`.
+    #[serde(alias = "allowOut")]
+    pub allow_out: Option<Vec<String>>,
+    /// As in `PUT /v1/capsules/{id}/network`.
+    #[serde(alias = "denyOut")]
+    pub deny_out: Option<Vec<String>>,
 }
 
 /// What a capsule shall be: a request whose every value is within its bounds.
@@ -93,6 +103,8 @@ pub struct CapsuleSpec {
     pub metadata: BTreeMap<String, String>,
     /// Traffic wakes it when it is paused.
     pub auto_resume: bool,
+    /// What it may reach outside.
+    pub egress: Policy,
 }
 
 /// The sizes that a template's memory and disk already have.
@@ -123,6 +135,8 @@ impl CreateCapsule {
         let template = self.template()?;
         let metadata = self.metadata.unwrap_or_default();
         limits::metadata(&metadata)?;
+        let Network { allow_out, deny_out, .. } = self.network.unwrap_or_default();
+        let egress = SetEgress { allow_internet_access: self.allow_internet_access, allow_out, deny_out };
         let size = |field, value, bounds, default, baked| match (value, baked) {
             (None, Some(baked)) => Ok(baked),
             (Some(value), Some(baked)) if value == i64::from(baked) => Ok(baked),
@@ -150,6 +164,7 @@ impl CreateCapsule {
             )?,
             timeout_sec: limits::timeout(self.timeout_sec)?,
             auto_resume: self.auto_resume.unwrap_or(false),
+            egress: egress.validate("network.")?,
             metadata,
             template,
         })
@@ -217,6 +232,9 @@ pub struct Capsule {
     /// Whether knowing a URL of it is enough to use it.
     #[serde(default)]
     pub allow_public_traffic: bool,
+    /// What it may reach outside.
+    #[serde(default)]
+    pub network: Egress,
     /// What requests to its URLs need in the header `e2b-traffic-access-token`. It is told once, where it is made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub traffic_access_token: Option<String>,

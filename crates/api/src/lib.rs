@@ -3,6 +3,7 @@
 //! Pure: no IO and no clock. It refuses to know HTTP: status numbers, headers and extractors belong to `control::http`.
 
 pub mod capsule;
+pub mod egress;
 pub mod error;
 pub mod event;
 pub mod exec;
@@ -17,6 +18,7 @@ pub mod stream;
 pub mod template;
 
 pub use capsule::{Capsule, CapsuleSpec, CreateCapsule, ForkCapsule, Forked, Network, Sizes, Status, TrafficToken};
+pub use egress::{Egress, SetEgress};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use event::{Actor, ActorKind, Event, EventName, Resource};
 pub use exec::{Encoding, Exec, ExecResult, ExecSpec, ExecStarted};

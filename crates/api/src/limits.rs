@@ -31,6 +31,9 @@ pub const RESERVED_METADATA: [&str; 4] = ["kernel_version", "vmm_version", "agen
 /// Capsules one fork may make.
 pub const FORKS: RangeInclusive<i64> = 1..=100;
 
+/// Entries of each list of what a capsule may, or may not, reach outside.
+pub const EGRESS_ENTRIES: usize = 256;
+
 /// Bytes of a JSON request body.
 pub const JSON_BODY_BYTES: usize = 1024 * 1024;
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 use agent_api::{
     CapsuleState, CreateCapsuleRequest, DeleteTemplateRequest, DestroyCapsuleRequest, Endpoint, ForkCapsuleRequest,
     GuestFiles, GuestProcesses, HibernateCapsuleRequest, Lifecycle, ListCapsulesRequest, PauseCapsuleRequest,
-    ResumeCapsuleRequest, SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
+    ResumeCapsuleRequest, SetEgressRequest, SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
 };
+use api::egress::Policy;
 use api::{CapsuleId, CapsuleSpec, Sizes};
 use chrono::{DateTime, Utc};
 use connectrpc::client::{CallOptions, ClientBody};
@@ -70,6 +71,8 @@ pub struct Report {
     pub reason: Option<String>,
     pub last_active_at: Option<DateTime<Utc>>,
     pub versions: BTreeMap<String, String>,
+    /// What it may reach outside.
+    pub egress: Policy,
 }
 
 impl Report {
@@ -104,6 +107,12 @@ impl TryFrom<agent_api::Capsule> for Report {
             last_active_at: DateTime::from_timestamp_millis(capsule.last_active_unix_ms)
                 .filter(|at| at.timestamp_millis() > 0),
             versions: capsule.versions.into_iter().collect(),
+            egress: capsule
+                .spec
+                .into_option()
+                .and_then(|spec| spec.egress.into_option())
+                .map_or(Ok(Policy::default()), Policy::try_from)
+                .map_err(|_| Error::Answer("what a capsule may reach"))?,
         })
     }
 }
@@ -141,6 +150,8 @@ const RESUME: Duration = Duration::from_secs(180);
 /// A reconciler gives up on forks only later, [`lifecycle::FORK_GRACE`].
 const FORK: Duration = Duration::from_secs(300);
 const SNAPSHOT: Duration = Duration::from_secs(600);
+/// It may wait for a start or a pause.
+const EGRESS: Duration = Duration::from_secs(20);
 const QUICK: Duration = Duration::from_secs(10);
 
 /// The agent of one host. Lifecycle calls, what the platform does in guests, and traffic with what users run there never
@@ -176,6 +187,7 @@ impl Host {
             timeout_sec: spec.timeout_sec,
             default_env: image.default_env.into_iter().collect(),
             template_id: image.template_id,
+            egress: message(&spec.egress).into(),
             ..Default::default()
         };
         let request = CreateCapsuleRequest { spec: spec.into(), ..Default::default() };
@@ -206,9 +218,10 @@ impl Host {
 
     /// Lets a paused capsule go on; answers when its guest does. With `adopt` it may be in the object store; what the host
     /// says of it then is newer than the generation given.
-    pub async fn resume(&self, id: CapsuleId, adopt: Option<u64>) -> Result<Report, Error> {
+    pub async fn resume(&self, id: CapsuleId, egress: &Policy, adopt: Option<u64>) -> Result<Report, Error> {
         let (generation, adopt) = (adopt.unwrap_or_default(), adopt.is_some());
-        let request = ResumeCapsuleRequest { id: id.to_string(), adopt, generation, ..Default::default() };
+        let egress = agent_api::Egress::from(egress).into();
+        let request = ResumeCapsuleRequest { id: id.to_string(), adopt, generation, egress, ..Default::default() };
         let answer = self.lifecycle.resume_capsule_with_options(request, within(RESUME)).await?.into_owned();
         answer.capsule.into_option().ok_or(Error::Answer("it names no capsule"))?.try_into()
     }
@@ -245,6 +258,14 @@ impl Host {
     pub async fn list(&self) -> Result<Vec<Report>, Error> {
         let answer = self.lifecycle.list_capsules_with_options(ListCapsulesRequest::default(), within(QUICK)).await?;
         answer.into_owned().capsules.into_iter().map(Report::try_from).collect()
+    }
+
+    /// Has the capsule reach that outside, and nothing else.
+    pub async fn set_egress(&self, id: CapsuleId, policy: &Policy) -> Result<(), Error> {
+        let egress = agent_api::Egress::from(policy).into();
+        let request = SetEgressRequest { id: id.to_string(), egress, ..Default::default() };
+        self.lifecycle.set_egress_with_options(request, within(EGRESS)).await?;
+        Ok(())
     }
 
     /// Restarts the capsule's inactivity clock.
@@ -289,6 +310,11 @@ impl TryFrom<agent_api::Child> for Child {
         };
         Ok(Self { id: child.id.parse().map_err(|_| Error::Answer("an id is not one"))?, outcome })
     }
+}
+
+/// What a capsule may reach, where that is not everything.
+fn message(policy: &Policy) -> Option<agent_api::Egress> {
+    (!policy.is_open()).then(|| policy.into())
 }
 
 fn within(limit: Duration) -> CallOptions {

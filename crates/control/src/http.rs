@@ -12,6 +12,7 @@ mod files;
 mod leftover;
 mod meta;
 mod metrics;
+mod network;
 mod processes;
 mod pty;
 mod session;
@@ -57,6 +58,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(capsules::resume))
         .routes(routes!(capsules::fork))
         .routes(routes!(traffic::restrict, traffic::open))
+        .routes(routes!(network::set))
         .routes(routes!(tcp::connect))
         .routes(routes!(metrics::read))
         .routes(routes!(exec::exec))

@@ -2,6 +2,7 @@
 
 pub mod create;
 pub mod destroy;
+pub mod egress;
 pub mod events;
 pub mod exec;
 pub mod files;
@@ -164,6 +165,7 @@ pub fn show(capsule: db::capsule::Capsule) -> api::Capsule {
         last_updated: life.last_updated,
         metadata,
         auto_resume: spec.auto_resume,
+        network: (&spec.egress).into(),
         allow_public_traffic: traffic_token.is_none(),
         traffic_access_token: None,
         reason: life.reason,

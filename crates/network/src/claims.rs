@@ -4,6 +4,7 @@
 //! call with its content, and only if nobody else has it, so that no claim is ever half made or without an owner. It
 //! is the journal of the slot: made before anything else of it, removed after everything else is gone.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -23,7 +24,15 @@ pub(crate) struct Claims {
 impl Claims {
     pub(crate) fn open(instance: &str) -> io::Result<Self> {
         fs::create_dir_all(DIR)?;
-        Ok(Self { instance: instance.to_owned(), hint: Mutex::new(Slot::MIN.get()) })
+        let taken: BTreeSet<Slot> = numbers()?.collect();
+        let free = taken.iter().zip(Slot::MIN.get()..).find(|(slot, number)| slot.get() != *number);
+        let hint = free.map_or(Slot::MIN.get() + taken.len() as u16, |(_, number)| number);
+        Ok(Self { instance: instance.to_owned(), hint: Mutex::new(hint) })
+    }
+
+    /// Whether a lower slot is free, as far as is known.
+    pub(crate) fn is_lower_free(&self, slot: Slot) -> bool {
+        *self.hint.lock().unwrap_or_else(PoisonError::into_inner) < slot.get()
     }
 
     /// Claims the lowest free slot, or none when all are taken. One that another instance gave back may be passed over
@@ -67,18 +76,20 @@ impl Claims {
     /// All slots of this instance, in order.
     pub(crate) fn all(&self) -> io::Result<Vec<Slot>> {
         let mut slots = Vec::new();
-        for entry in fs::read_dir(DIR)? {
-            let name = entry?.file_name();
-            let number = name.to_str().and_then(|name| name.parse().ok());
-            if let Some(slot) = number.and_then(Slot::new)
-                && self.owns(slot)?
-            {
+        for slot in numbers()? {
+            if self.owns(slot)? {
                 slots.push(slot);
             }
         }
         slots.sort();
         Ok(slots)
     }
+}
+
+/// Every slot that somebody has claimed.
+fn numbers() -> io::Result<impl Iterator<Item = Slot>> {
+    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok().and_then(Slot::new);
+    Ok(fs::read_dir(DIR)?.filter_map(Result::ok).filter_map(number))
 }
 
 fn path(slot: Slot) -> PathBuf {

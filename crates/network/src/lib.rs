@@ -12,8 +12,8 @@
 //! slot's. [`slot`] has the arithmetic. [`Network`] makes and removes slots by netlink alone, no other program is run.
 //!
 //! A guest reaches the internet by the host's default route, and nothing else: no other slot, none of the host's own
-//! addresses, nothing link-local, no IPv6, and it cannot use an address that is not its own. The host reaches the
-//! guest at [`Slot::host_ip`].
+//! addresses, nothing private or link-local unless the operator says so, no IPv6, and it cannot use an address that is
+//! not its own. A [`Policy`] takes more away from one slot. The host reaches the guest at [`Slot::host_ip`].
 //!
 //! Owned here: everything named `wrenn-*` among links and namespaces of slots that this instance has claimed, its own
 //! nftables table, `/run/wrenn/slots`. Never touched: another instance's slots, and any other table or rule. The one
@@ -21,34 +21,45 @@
 //!
 //! Calls block, for some milliseconds at most; from async code they belong into `spawn_blocking`.
 
+mod attributes;
 mod claims;
+mod conntrack;
 mod firewall;
+mod guard;
+pub mod limits;
 mod namespace;
 mod netlink;
 mod nft;
+pub mod policy;
+mod pool;
+mod ranges;
 mod route;
 pub mod slot;
+mod slots;
+mod sockets;
 mod step;
+mod traffic;
+mod uplink;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::io;
-use std::sync::{Mutex, PoisonError};
-
-use rustix::io::Errno;
-use rustix::net::netdevice::name_to_index;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use claims::Claims;
 use firewall::Firewall;
-use netlink::{ROUTE, Requests, Socket};
+pub use policy::Policy;
+use pool::Pool;
+pub use ranges::Range;
 pub use slot::Slot;
-use slot::VETH_PREFIX;
-use step::Steps;
+use slots::Slots;
 pub use step::{Failed, Step};
+pub use traffic::{Count, Traffic};
 
 /// What failed, by what we were doing.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +79,12 @@ pub enum Error {
     /// This instance's table could not be made or removed.
     #[error("change this instance's nftables table")]
     Table(#[source] io::Error),
+    /// The thread that makes slots ahead could not be started.
+    #[error("start the thread that makes slots ahead")]
+    Worker(#[source] io::Error),
+    /// What slots have counted could not be read.
+    #[error("read what slots have counted")]
+    Traffic(#[source] io::Error),
     /// Claims could not be read or made.
     #[error("claim a slot")]
     Claim(#[source] io::Error),
@@ -80,6 +97,22 @@ pub enum Error {
     /// A slot could not be made. What was made of it is gone again; its claim stays until it is destroyed.
     #[error("make slot {slot}")]
     Create {
+        /// The slot.
+        slot: Slot,
+        #[source]
+        source: Failed,
+    },
+    /// What its guest may reach could not be changed; it is as it was.
+    #[error("change what slot {slot} may reach")]
+    Policy {
+        /// The slot.
+        slot: Slot,
+        #[source]
+        source: Failed,
+    },
+    /// The kernel could not be made to see that a VMM has attached to a slot's tap.
+    #[error("look at the tap of slot {slot}")]
+    Attached {
         /// The slot.
         slot: Slot,
         #[source]
@@ -103,21 +136,25 @@ impl fmt::Display for Leftovers {
     }
 }
 
-/// What makes one agent's network different from another's on the same machine.
+/// How the network of one agent is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// 8 characters of 0-9 and a-f: unique for each data directory, and the same each time it is opened.
     pub instance: String,
+    /// Ranges that guests may reach although they are private or link-local.
+    pub allow: Vec<Range>,
+    /// Ranges that no guest may reach.
+    pub deny: Vec<Range>,
+    /// How many slots are made ahead, from the first [`Network::sweep`] on, so that taking one costs nothing. With 0, slots are made when they are asked for and
+    /// removed when they are given back.
+    pub ready: usize,
 }
 
 /// The slots of one instance. One per agent process.
 pub struct Network {
-    claims: Claims,
-    firewall: Firewall,
-    steps: Steps,
-    /// Held while a slot is made. The kernel changes links one at a time anyway, and who waits for its turn inside a
-    /// sysctl does so by trying again and again: eight at once take twice as long as eight in a row.
-    turn: Mutex<()>,
+    pool: Arc<Pool>,
+    /// What makes slots ahead and cleans those that were given back.
+    worker: Option<JoinHandle<()>>,
 }
 
 impl Network {
@@ -130,33 +167,53 @@ impl Network {
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(Error::Forwarding)?;
         namespace::prepare().map_err(Error::NetnsDir)?;
         let claims = Claims::open(instance).map_err(Error::Claim)?;
-        let firewall = Firewall::new(instance);
-        let uplinks = firewall::uplinks().map_err(Error::Uplinks)?;
+        let firewall = Firewall::new(instance, &config.allow, &config.deny);
+        let uplinks = uplink::all().map_err(Error::Uplinks)?;
+        let mtu = uplink::mtu(&uplinks).map_err(Error::Uplinks)?;
         if uplinks.is_empty() {
             tracing::warn!("no default route: capsules will not reach the internet");
         }
         let slots = claims.all().map_err(Error::Claim)?;
-        firewall.rebuild(&slots, &uplinks).map_err(|error| Error::Table(error.into()))?;
-        tracing::info!(instance, ?uplinks, slots = slots.len(), "network is ready");
-        Ok(Self { claims, firewall, steps: Steps::default(), turn: Mutex::default() })
+        firewall.open(&slots, &uplinks).map_err(|error| Error::Table(error.into()))?;
+        tracing::info!(instance, ?uplinks, mtu, slots = slots.len(), "network is ready");
+        let pool = Arc::new(Pool::new(Slots::new(claims, firewall, mtu), config.ready));
+        let work = || {
+            let pool = pool.clone();
+            thread::Builder::new().name("wrenn-slots".into()).spawn(move || pool.work()).map_err(Error::Worker)
+        };
+        let worker = if config.ready > 0 { Some(work()?) } else { None };
+        Ok(Self { pool, worker })
     }
 
-    /// Claims the lowest free slot of the machine. It is this instance's, across restarts, until it is destroyed.
+    /// Claims a slot: one that was made ahead, or the lowest free one of the machine. It is this instance's, across restarts,
+    /// until it is given back or destroyed.
     pub fn claim(&self) -> Result<Slot, Error> {
-        self.claims.claim().map_err(Error::Claim)?.ok_or(Error::Exhausted)
+        self.pool.claim()
     }
 
-    /// Makes everything of a claimed slot, or nothing.
+    /// Makes everything of a claimed slot, or nothing. One that was made ahead is there already.
     pub fn create(&self, slot: Slot) -> Result<(), Error> {
-        if !self.claims.owns(slot).map_err(Error::Claim)? {
-            return Err(Error::NotOurs(slot));
-        }
-        self.build(slot).map_err(|source| {
-            for leftover in self.tear_down(slot) {
-                tracing::warn!(%slot, error = &leftover as &dyn std::error::Error, "undoing a slot");
-            }
-            Error::Create { slot, source }
-        })
+        self.pool.create(slot)
+    }
+
+    /// Has the guest of a slot that is made reach what the policy allows, and nothing else, from its next packet on. A slot that
+    /// is made, or cleaned, has the default.
+    pub fn set_policy(&self, slot: Slot, policy: &Policy) -> Result<(), Error> {
+        let refused = |source| Error::Policy { slot, source };
+        let socket = namespace::netfilter(slot).map_err(refused)?;
+        policy::set(&socket, policy).map_err(|error| refused(Step::Rules.failed()(error)))
+    }
+
+    /// To be called when a VMM has attached to the slot's tap. Without it nothing reaches the guest until the kernel looks at
+    /// links again, which is at most once a second for all of them together.
+    pub fn attached(&self, slot: Slot) -> Result<(), Error> {
+        namespace::look_at_tap(slot).map_err(|source| Error::Attached { slot, source })
+    }
+
+    /// Takes a slot back, which is then nobody's: it is cleaned for the next or removed, in the background. Nothing happens to
+    /// one that is not ours. No process may be in its namespace.
+    pub fn give_back(&self, slot: Slot) -> Result<(), Error> {
+        if self.pool.give_back(slot)? { Ok(()) } else { self.destroy(slot) }
     }
 
     /// Removes everything of a slot and then its claim. Nothing happens to what is not there, and to a slot that is
@@ -164,76 +221,52 @@ impl Network {
     ///
     /// Processes in the namespace keep it alive without a name; they should be gone before.
     pub fn destroy(&self, slot: Slot) -> Result<(), Error> {
-        if !self.claims.owns(slot).map_err(Error::Claim)? {
-            return Ok(());
-        }
-        let mut leftovers = self.tear_down(slot);
-        if leftovers.is_empty() {
-            leftovers.extend(self.claims.release(slot).map_err(Step::Claim.failed()).err());
-        }
-        if leftovers.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Destroy(Leftovers(leftovers.into_iter().map(|failed| (slot, failed)).collect())))
+        self.pool.forget(slot);
+        self.pool.slots.destroy(slot)
     }
 
-    /// Destroys every slot of this instance that is not in `keep`: what a killed process left. Returns them.
+    /// Removes every slot of this instance that is neither in `keep` nor in the pool: what a killed process left. Returns
+    /// them. With a pool that takes them, to clean them or remove them in the background, and is filled from then on.
     pub fn sweep(&self, keep: &HashSet<Slot>) -> Result<Vec<Slot>, Error> {
-        let mut gone = self.claims.all().map_err(Error::Claim)?;
-        gone.retain(|slot| !keep.contains(slot));
-        let mut leftovers = Vec::new();
-        for &slot in &gone {
-            match self.destroy(slot) {
-                Err(Error::Destroy(Leftovers(more))) => leftovers.extend(more),
-                result => result?,
-            }
+        let gone = self.pool.sweep(keep)?;
+        if self.worker.is_none() {
+            self.pool.slots.destroy_all(&gone)?;
         }
-        if leftovers.is_empty() { Ok(gone) } else { Err(Error::Destroy(Leftovers(leftovers))) }
+        Ok(gone)
     }
 
-    /// Removes this instance's table, unless slots are left that need it.
-    pub fn close(self) -> Result<(), Error> {
-        if self.claims.all().map_err(Error::Claim)?.is_empty() {
-            self.firewall.remove().map_err(|error| Error::Table(error.into()))?;
+    /// What went through every slot of this instance, those of the pool included.
+    pub fn traffic(&self) -> Result<BTreeMap<Slot, Traffic>, Error> {
+        self.pool.slots.firewall.traffic().map_err(|error| Error::Traffic(error.into()))
+    }
+
+    /// What fits into one packet on the way out: the MTU of every slot's links.
+    pub fn mtu(&self) -> u32 {
+        self.pool.slots.mtu
+    }
+
+    /// Removes the slots of the pool, and this instance's table unless slots are left that need it.
+    pub fn close(mut self) -> Result<(), Error> {
+        self.stop();
+        self.pool.empty()?;
+        if self.pool.slots.claims.all().map_err(Error::Claim)?.is_empty() {
+            self.pool.slots.firewall.remove().map_err(|error| Error::Table(error.into()))?;
         }
         Ok(())
     }
 
-    fn build(&self, slot: Slot) -> Result<(), Failed> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.firewall.add(slot).map_err(Step::Firewall.failed())?;
-        self.steps.done(Step::Firewall)?;
-        namespace::create(slot, &self.steps)?;
-        connect_host_end(slot).map_err(Step::HostEnd.failed())?;
-        self.steps.done(Step::HostEnd)
-    }
-
-    /// Removes what is there, in reverse; returns what could not be removed.
-    fn tear_down(&self, slot: Slot) -> Vec<Failed> {
-        let link = delete_link(&slot.veth()).map_err(Step::Veth.failed());
-        let namespace = namespace::unname(slot).map_err(Step::Namespace.failed());
-        let firewall = self.firewall.delete(slot).map_err(Step::Firewall.failed());
-        [link, namespace, firewall].into_iter().filter_map(Result::err).collect()
+    fn stop(&mut self) {
+        self.pool.stop();
+        if let Some(worker) = self.worker.take() {
+            // One that panicked has said so.
+            let _ = worker.join();
+        }
     }
 }
 
-fn connect_host_end(slot: Slot) -> io::Result<()> {
-    let socket = Socket::open(ROUTE)?;
-    let link = name_to_index(&socket, &slot.veth())?;
-    namespace::disable_ipv6(&slot.veth())?;
-    let mut requests = Requests::default();
-    requests.add_address(link, slot.veth_host_ip(), VETH_PREFIX);
-    requests.set_up(link, Vec::new());
-    requests.add_route(Some(slot.host_ip()), slot.veth_netns_ip(), link);
-    Ok(socket.transact(&requests)?)
-}
-
-/// Deletes the pair by its end on the host; addresses and routes go with it.
-fn delete_link(name: &str) -> io::Result<()> {
-    let mut requests = Requests::default();
-    requests.delete_link(name);
-    match Socket::open(ROUTE)?.transact(&requests) {
-        Err(error) if error.is(Errno::NODEV) => Ok(()),
-        result => Ok(result?),
+impl Drop for Network {
+    /// Leaves the slots as they are, as a kill would.
+    fn drop(&mut self) {
+        self.stop();
     }
 }

@@ -3,27 +3,31 @@
 //! A thread that has entered another namespace must not run anything else afterwards, least of all a task of an async
 //! runtime. So each namespace has a thread of its own, and no thread ever comes back from one.
 
-use netlink_packet_route::link::LinkAttribute;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
+use netlink_packet_route::link::LinkAttribute;
 use rustix::io::Errno;
-use rustix::ioctl::{self, IntegerSetter, Updater};
+use rustix::ioctl::{self, IntegerSetter, Setter, Updater};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
-use rustix::net::netdevice::name_to_index;
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::firewall;
 use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
+use crate::route::{self, VethEnd};
 use crate::slot::{
-    GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_MAC, TAP_PREFIX, UPLINK_IN_NETNS, VETH_PREFIX,
+    GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_INDEX, TAP_MAC, TAP_PREFIX, UPLINK_IN_NETNS,
+    UPLINK_INDEX, VETH_PREFIX,
 };
 use crate::step::{Failed, Step, Steps};
+use crate::{conntrack, firewall};
 
 const TUNSETIFF: ioctl::Opcode = 0x4004_54CA;
 const TUNSETPERSIST: ioctl::Opcode = 0x4004_54CB;
+const TUNSETIFINDEX: ioctl::Opcode = 0x4004_54DA;
+/// Every namespace's first link.
+const LOOPBACK_INDEX: u32 = 1;
 /// Packets that may wait for the VMM.
 const TAP_QUEUE: u32 = 5000;
 
@@ -42,37 +46,165 @@ pub(crate) fn prepare() -> io::Result<()> {
 }
 
 /// Makes the namespace of `slot` with everything in it. The host's end of its veth pair is left down.
-pub(crate) fn create(slot: Slot, steps: &Steps) -> Result<(), Failed> {
-    thread::scope(|scope| {
-        let built = thread::Builder::new().name(slot.netns()).spawn_scoped(scope, || build(slot, steps));
-        built.map_err(Step::Namespace.failed())?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+pub(crate) fn create(slot: Slot, mtu: u32, steps: &Steps) -> Result<(), Failed> {
+    on_own_thread(slot, || build(slot, mtu, steps))
+}
+
+/// Makes the namespace of `slot`, which somebody had, as good as new. Refuses one that has more in it than `new`.
+pub(crate) fn clean(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Failed> {
+    on_own_thread(slot, || rebuild(slot, mtu, new, steps))
+}
+
+/// Has the kernel see now whether anybody is attached to the tap: it is told the state of a link only after it was looked at.
+pub(crate) fn look_at_tap(slot: Slot) -> Result<(), Failed> {
+    on_own_thread(slot, || {
+        enter(slot).map_err(Step::Namespace.failed())?;
+        let looked = Socket::open(ROUTE).and_then(|socket| route::mtu(&socket, TAP));
+        looked.map(drop).map_err(Step::Tap.failed())
     })
 }
 
-/// Runs on a thread of its own, which is in another namespace afterwards.
-fn build(slot: Slot, steps: &Steps) -> Result<(), Failed> {
+/// What is in a new namespace. How much the kernel puts there depends on how it was built, so one is made and looked at; it
+/// is of no use to anybody, and gone when this returns.
+pub(crate) fn census_of_new(mtu: u32) -> Result<Census, Failed> {
+    let slot = Slot::MIN;
+    on_own_thread(slot, || {
+        let unshare = || {
+            // SAFETY: only CLONE_FILES could take descriptors away from other threads, and it is not asked for.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
+            File::open("/proc/thread-self/ns/net")
+        };
+        let host = unshare().map_err(Step::Census.failed())?;
+        let _namespace = unshare().map_err(Step::Census.failed())?;
+        furnish(slot, mtu, host.as_fd(), &Steps::default())?;
+        census(&Socket::open(ROUTE).map_err(Step::Census.failed())?).map_err(Step::Census.failed())
+    })
+}
+
+/// Runs `work` on a thread that may end in another namespace.
+fn on_own_thread<T: Send>(slot: Slot, work: impl FnOnce() -> Result<T, Failed> + Send) -> Result<T, Failed> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name(slot.netns()).spawn_scoped(scope, work);
+        thread.map_err(Step::Namespace.failed())?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn build(slot: Slot, mtu: u32, steps: &Steps) -> Result<(), Failed> {
     let host = File::open("/proc/thread-self/ns/net").map_err(Step::Namespace.failed())?;
     enter_new(slot).map_err(Step::Namespace.failed())?;
+    steps.done(Step::Namespace)?;
+
+    furnish(slot, mtu, host.as_fd(), steps)
+}
+
+/// Fills this thread's new namespace; the other end of its veth pair goes to `host`.
+fn furnish(slot: Slot, mtu: u32, host: BorrowedFd<'_>, steps: &Steps) -> Result<(), Failed> {
+    configure().map_err(Step::Sysctl.failed())?;
+    steps.done(Step::Sysctl)?;
+
+    add_tap().map_err(Step::Tap.failed())?;
+    steps.done(Step::Tap)?;
+
+    let socket = Socket::open(ROUTE).map_err(Step::Links.failed())?;
+    let mut requests = Requests::default();
+    let here = VethEnd { name: UPLINK_IN_NETNS, mac: slot.veth_netns_mac() };
+    let there = VethEnd { name: &slot.veth(), mac: slot.veth_host_mac() };
+    requests.add_veth(&here, UPLINK_INDEX, &there, host, mtu);
+    requests.add_address(UPLINK_INDEX, slot.veth_netns_ip(), VETH_PREFIX);
+    // Known beforehand, so that the kernel's table of what it has asked for does not fill with slots, and nobody is asked.
+    requests.add_neighbour(UPLINK_INDEX, slot.veth_host_ip(), slot.veth_host_mac());
+    requests.add_route(None, slot.veth_host_ip(), UPLINK_INDEX);
+    requests.set_up(LOOPBACK_INDEX, Vec::new());
+    add_tap_s_address(&mut requests, mtu);
+    socket.transact(requests).map_err(Step::Links.failed())?;
+    steps.done(Step::Links)?;
+
+    let socket = Socket::open(NETFILTER).map_err(Step::Rules.failed())?;
+    firewall::fill_netns(slot, &socket).map_err(Step::Rules.failed())?;
+    steps.done(Step::Rules)
+}
+
+fn rebuild(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Failed> {
+    enter(slot).map_err(Step::Namespace.failed())?;
     steps.done(Step::Namespace)?;
 
     configure().map_err(Step::Sysctl.failed())?;
     steps.done(Step::Sysctl)?;
 
-    let socket = Socket::open(ROUTE).map_err(Step::Veth.failed())?;
+    // With it goes all that was set on it: addresses, rates, offloads, queues, and what waits in them.
+    let socket = Socket::open(ROUTE).map_err(Step::Tap.failed())?;
     let mut requests = Requests::default();
-    requests.add_veth(UPLINK_IN_NETNS, &slot.veth(), host.as_fd());
-    socket.transact(&requests).map_err(Step::Veth.failed())?;
-    steps.done(Step::Veth)?;
-
+    requests.delete_link(TAP);
+    socket.transact(requests).map_err(Step::Tap.failed())?;
     add_tap().map_err(Step::Tap.failed())?;
     steps.done(Step::Tap)?;
 
-    address(slot, &socket).map_err(Step::Addresses.failed())?;
-    steps.done(Step::Addresses)?;
+    let mut requests = Requests::default();
+    add_tap_s_address(&mut requests, mtu);
+    socket.transact(requests).map_err(Step::Links.failed())?;
+    steps.done(Step::Links)?;
 
-    let socket = Socket::open(NETFILTER).map_err(Step::Translation.failed())?;
-    firewall::translate_in_netns(slot, &socket).map_err(Step::Translation.failed())?;
-    steps.done(Step::Translation)
+    let netfilter = Socket::open(NETFILTER).map_err(Step::Rules.failed())?;
+    firewall::fill_netns(slot, &netfilter).map_err(Step::Rules.failed())?;
+    // After the tap is gone, by which new ones came.
+    conntrack::forget_all(&netfilter).map_err(Step::Rules.failed())?;
+    steps.done(Step::Rules)?;
+
+    let found = census(&socket).map_err(Step::Census.failed())?;
+    if found != *new {
+        return Err(Step::Census.failed()(io::Error::other(format!("{found:?} in place of {new:?}"))));
+    }
+    steps.done(Step::Census)
+}
+
+/// How many of each there are in a namespace.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Census {
+    links: usize,
+    addresses: usize,
+    routes: usize,
+    rules: usize,
+    /// Without those that the kernel keeps for its own multicast.
+    neighbours: usize,
+    qdiscs: usize,
+}
+
+fn census(socket: &Socket) -> io::Result<Census> {
+    /// `ndm_state` in `struct ndmsg`, and the state of what needs no asking.
+    const STATE: usize = 8;
+    const NOARP: u16 = 0x40;
+    let list = |kind: u16| {
+        let mut request = Requests::default();
+        // Of any family; every list's header fits in these.
+        request.push("list what is in a namespace", kind, libc::NLM_F_DUMP, |bytes| bytes.extend([0; 20]));
+        socket.ask(&request)
+    };
+    let is_neighbour = |entry: &Vec<u8>| {
+        let state = entry.get(STATE..STATE + 2).and_then(|state| state.try_into().ok());
+        state.map(u16::from_ne_bytes) != Some(NOARP)
+    };
+    Ok(Census {
+        links: list(libc::RTM_GETLINK)?.len(),
+        addresses: list(libc::RTM_GETADDR)?.len(),
+        routes: list(libc::RTM_GETROUTE)?.len(),
+        rules: list(libc::RTM_GETRULE)?.len(),
+        neighbours: list(libc::RTM_GETNEIGH)?.iter().filter(|entry| is_neighbour(entry)).count(),
+        qdiscs: list(libc::RTM_GETQDISC)?.len(),
+    })
+}
+
+/// A socket for the rules of the namespace of `slot`, for use by any thread.
+pub(crate) fn netfilter(slot: Slot) -> Result<Socket, Failed> {
+    on_own_thread(slot, || {
+        enter(slot).map_err(Step::Namespace.failed())?;
+        Socket::open(NETFILTER).map_err(Step::Rules.failed())
+    })
+}
+
+/// Moves this thread into the namespace of that name.
+fn enter(slot: Slot) -> io::Result<()> {
+    let netns = File::open(slot.netns_path())?;
+    Ok(rustix::thread::move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
 /// Moves this thread into a new network namespace and gives that its name.
@@ -111,6 +243,8 @@ fn add_tap() -> io::Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
         *to = from as libc::c_char;
     }
+    // SAFETY: TUNSETIFINDEX reads one `unsigned int`, and is given one.
+    unsafe { ioctl::ioctl(&tun, Setter::<TUNSETIFINDEX, u32>::new(TAP_INDEX)) }?;
     // SAFETY: TUNSETIFF reads one `ifreq` and writes it back, and `request` is one.
     unsafe { ioctl::ioctl(&tun, Updater::<TUNSETIFF, libc::ifreq>::new(&mut request)) }?;
     // SAFETY: TUNSETPERSIST takes a plain integer, zero or not.
@@ -118,18 +252,11 @@ fn add_tap() -> io::Result<()> {
     Ok(())
 }
 
-fn address(slot: Slot, socket: &Socket) -> io::Result<()> {
-    let uplink = name_to_index(socket, UPLINK_IN_NETNS)?;
-    let tap = name_to_index(socket, TAP)?;
-    let mut requests = Requests::default();
-    requests.set_up(name_to_index(socket, "lo")?, Vec::new());
-    requests.add_address(uplink, slot.veth_netns_ip(), VETH_PREFIX);
-    requests.set_up(uplink, Vec::new());
-    requests.add_address(tap, TAP_ADDRESS, TAP_PREFIX);
-    requests.set_up(tap, vec![LinkAttribute::TxQueueLen(TAP_QUEUE), LinkAttribute::Address(TAP_MAC.to_vec())]);
-    requests.add_neighbour(tap, GUEST_ADDRESS, GUEST_MAC);
-    requests.add_route(None, slot.veth_host_ip(), uplink);
-    Ok(socket.transact(&requests)?)
+fn add_tap_s_address(requests: &mut Requests, mtu: u32) {
+    requests.add_address(TAP_INDEX, TAP_ADDRESS, TAP_PREFIX);
+    let queue = LinkAttribute::TxQueueLen(TAP_QUEUE);
+    requests.set_up(TAP_INDEX, vec![queue, LinkAttribute::Address(TAP_MAC.to_vec()), LinkAttribute::Mtu(mtu)]);
+    requests.add_neighbour(TAP_INDEX, GUEST_ADDRESS, GUEST_MAC);
 }
 
 /// Removes the name. The namespace itself goes when no process is in it any more.

@@ -1,54 +1,26 @@
-//! A writer for nftables batches: the few messages and expressions that our two tables need.
+//! A writer for nftables batches, with the few messages and expressions that our two tables need, and a reader for what
+//! is asked back.
 //!
 //! A batch is one transaction: the kernel does all of it or nothing. Numbers in attributes are big-endian; what is
 //! loaded into a register has the byte order of its source. `nft list` shows what was understood.
 
+mod expr;
+
 use std::ffi::c_int;
 use std::net::Ipv4Addr;
 
-use crate::netlink::Requests;
+use crate::attributes::{Attributes, Reader};
+use crate::netlink::{Error, Requests, Socket};
+use crate::ranges::Range;
+use crate::traffic::Count;
+pub(crate) use expr::{Expr, Memory};
+use expr::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
 
 /// An interface name as registers and set keys hold it: padded with zeros.
 pub(crate) fn ifname(name: &str) -> [u8; libc::IFNAMSIZ] {
     let mut padded = [0; libc::IFNAMSIZ];
     padded[..name.len()].copy_from_slice(name.as_bytes());
     padded
-}
-
-/// Registers are 4 bytes wide; a longer value goes on in the next ones.
-const REGISTER: u32 = libc::NFT_REG32_00 as u32;
-/// The first register after an interface name, where a concatenation goes on.
-const AFTER_IFNAME: u32 = REGISTER + 4;
-
-/// One step of a rule. A rule goes on to its next expression only while each one matches.
-pub(crate) enum Expr<'a> {
-    /// The packet came in by an interface of this set.
-    IifnameIn(&'a str),
-    /// The packet goes out by an interface of this set.
-    OifnameIn(&'a str),
-    /// The packet came in by this interface.
-    Iifname(&'a str),
-    /// The packet goes out by this interface.
-    Oifname(&'a str),
-    /// The packet is IPv4; addresses may be looked at only after this.
-    Ipv4,
-    /// The source address is in this set.
-    SaddrIn(&'a str),
-    /// The destination address is in this set.
-    DaddrIn(&'a str),
-    /// The pair of incoming interface and source address is in this set.
-    IifnameSaddrIn(&'a str),
-    /// The source address is this one.
-    Saddr(Ipv4Addr),
-    /// The destination address is this one.
-    Daddr(Ipv4Addr),
-    /// The packet belongs to a connection that was let through before.
-    Established,
-    Accept,
-    Drop,
-    Masquerade,
-    Snat(Ipv4Addr),
-    Dnat(Ipv4Addr),
 }
 
 /// What a set holds, with nft's number for the type, which `nft list` needs.
@@ -58,6 +30,8 @@ pub(crate) enum Key {
     /// Ranges, each an element that begins it and one that is its first address no longer in it.
     Ipv4Range,
     IfnameIpv4,
+    /// Elements come with packets, by [`Expr::RememberedByIifname`], and go when they remember nothing. At most that many.
+    IfnameDynamic(u32),
 }
 
 /// A base chain's place.
@@ -73,21 +47,49 @@ pub(crate) struct Batch<'a> {
     family: u8,
     table: &'a str,
     sets: u32,
+    rules: usize,
 }
 
-const ADD: c_int = libc::NLM_F_ACK | libc::NLM_F_CREATE;
+const ADD: c_int = libc::NLM_F_CREATE;
+/// `struct nfgenmsg`: family, version, resource.
+const GENMSG: usize = 4;
 
 impl<'a> Batch<'a> {
     /// `family` is one of `NFPROTO_*`.
     pub(crate) fn new(family: c_int, table: &'a str) -> Self {
         let mut requests = Requests::default();
         requests.push("begin a transaction", libc::NFNL_MSG_BATCH_BEGIN as u16, 0, batch_header);
-        Self { requests, family: family as u8, table, sets: 0 }
+        Self { requests, family: family as u8, table, sets: 0, rules: 0 }
     }
 
     pub(crate) fn finish(mut self) -> Requests {
         self.requests.push("commit a transaction", libc::NFNL_MSG_BATCH_END as u16, 0, batch_header);
         self.requests
+    }
+
+    /// How many rules were added so far.
+    pub(crate) fn rules(&self) -> usize {
+        self.rules
+    }
+
+    /// The bytes so far.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.requests.bytes()
+    }
+
+    /// Removes every table of the network namespace, whoever made it.
+    pub(crate) fn flush_namespace(&mut self) {
+        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_DELTABLE) as u16;
+        self.requests.push("delete all tables", kind, 0, |bytes| bytes.extend([libc::NFPROTO_UNSPEC as u8, 0, 0, 0]));
+    }
+
+    /// A table that carries a comment.
+    pub(crate) fn add_table_with(&mut self, comment: &str) {
+        let table = self.table;
+        self.push("add a table", libc::NFT_MSG_NEWTABLE, ADD, |a| {
+            a.text(NFTA_TABLE_NAME, table);
+            a.bytes(NFTA_TABLE_USERDATA, &userdata(comment));
+        });
     }
 
     pub(crate) fn add_table(&mut self) {
@@ -97,7 +99,7 @@ impl<'a> Batch<'a> {
 
     pub(crate) fn delete_table(&mut self) {
         let table = self.table;
-        self.push("delete a table", libc::NFT_MSG_DELTABLE, libc::NLM_F_ACK, |a| a.text(NFTA_TABLE_NAME, table));
+        self.push("delete a table", libc::NFT_MSG_DELTABLE, 0, |a| a.text(NFTA_TABLE_NAME, table));
     }
 
     /// A base chain that accepts what none of its rules decides.
@@ -115,8 +117,25 @@ impl<'a> Batch<'a> {
         });
     }
 
+    /// A base chain of a `netdev` table that sees every frame that comes in by a link, before anyone else does.
+    pub(crate) fn add_device_chain(&mut self, name: &str, device: &str) {
+        let table = self.table;
+        self.push("add a chain", libc::NFT_MSG_NEWCHAIN, ADD, |a| {
+            a.text(NFTA_CHAIN_TABLE, table);
+            a.text(NFTA_CHAIN_NAME, name);
+            a.nest(NFTA_CHAIN_HOOK, |a| {
+                a.number(NFTA_HOOK_HOOKNUM, libc::NF_NETDEV_INGRESS as u32);
+                a.number(NFTA_HOOK_PRIORITY, 0);
+                a.text(NFTA_HOOK_DEV, device);
+            });
+            a.number(NFTA_CHAIN_POLICY, libc::NF_ACCEPT as u32);
+            a.text(NFTA_CHAIN_TYPE, "filter");
+        });
+    }
+
     pub(crate) fn add_rule(&mut self, chain: &str, expressions: &[Expr<'_>]) {
         let table = self.table;
+        self.rules += 1;
         self.push("add a rule", libc::NFT_MSG_NEWRULE, ADD | libc::NLM_F_APPEND, |a| {
             a.text(NFTA_RULE_TABLE, table);
             a.text(NFTA_RULE_CHAIN, chain);
@@ -124,7 +143,8 @@ impl<'a> Batch<'a> {
         });
     }
 
-    pub(crate) fn add_set(&mut self, name: &str, key: &Key) {
+    /// With `memory`, every element has one of its own, which begins when the element is added.
+    pub(crate) fn add_set(&mut self, name: &str, key: &Key, memory: Option<Memory>) {
         let (table, id) = (self.table, self.sets);
         self.sets += 1;
         const TYPE_IPV4: u32 = 7;
@@ -134,6 +154,7 @@ impl<'a> Batch<'a> {
             Key::Ipv4 => (TYPE_IPV4, 4, 0),
             Key::Ipv4Range => (TYPE_IPV4, 4, libc::NFT_SET_INTERVAL),
             Key::IfnameIpv4 => (TYPE_IFNAME << 6 | TYPE_IPV4, libc::IFNAMSIZ + 4, 0),
+            Key::IfnameDynamic(_) => (TYPE_IFNAME, libc::IFNAMSIZ, libc::NFT_SET_EVAL),
         };
         self.push("add a set", libc::NFT_MSG_NEWSET, ADD, |a| {
             a.text(NFTA_SET_TABLE, table);
@@ -142,9 +163,15 @@ impl<'a> Batch<'a> {
             a.number(NFTA_SET_KEY_TYPE, kind);
             a.number(NFTA_SET_KEY_LEN, length as u32);
             a.number(NFTA_SET_ID, id);
-            if matches!(key, Key::Ifname) {
+            if let Key::IfnameDynamic(most) = key {
+                a.nest(NFTA_SET_DESC, |a| a.number(NFTA_SET_DESC_SIZE, *most));
+            }
+            if matches!(key, Key::Ifname | Key::IfnameDynamic(_)) {
                 // For `nft list` alone: the keys are text and not a number. A type, a length, and "host byte order".
                 a.bytes(NFTA_SET_USERDATA, &[&[0, 4], &1u32.to_ne_bytes()[..]].concat());
+            }
+            if let Some(memory) = memory {
+                memory.write(NFTA_SET_EXPR, a);
             }
         });
     }
@@ -157,9 +184,17 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Adds the addresses from `first` up to and without `end` to a set of ranges.
-    pub(crate) fn add_range(&mut self, set: &str, first: Ipv4Addr, end: Ipv4Addr) {
-        let keys = [(first.octets(), 0), (end.octets(), libc::NFT_SET_ELEM_INTERVAL_END)];
+    /// Adds ranges that neither overlap nor touch to a set of such.
+    pub(crate) fn add_ranges(&mut self, set: &str, ranges: &[Range]) {
+        // The one that ends with the last address has no first that is not in it any more.
+        let end = |last: Ipv4Addr| last.to_bits().checked_add(1).map(u32::to_be_bytes);
+        let keys: Vec<_> = ranges
+            .iter()
+            .flat_map(|(first, last)| {
+                let end = end(*last).map(|end| (end, libc::NFT_SET_ELEM_INTERVAL_END));
+                std::iter::once((first.octets(), 0)).chain(end)
+            })
+            .collect();
         let keys = keys.iter().map(|(key, flags)| (&key[..], *flags as u32));
         self.elements("add to a set", libc::NFT_MSG_NEWSETELEM, ADD, set, keys);
     }
@@ -167,7 +202,7 @@ impl<'a> Batch<'a> {
     /// Deletes one key, which must be there.
     pub(crate) fn delete_element(&mut self, set: &str, key: &[u8]) {
         let keys = std::iter::once((key, 0));
-        self.elements("delete from a set", libc::NFT_MSG_DELSETELEM, libc::NLM_F_ACK, set, keys);
+        self.elements("delete from a set", libc::NFT_MSG_DELSETELEM, 0, set, keys);
     }
 
     fn elements<'k>(
@@ -199,11 +234,74 @@ impl<'a> Batch<'a> {
         let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | message) as u16;
         let family = self.family;
         self.requests.push(label, kind, flags, |bytes| {
-            // `struct nfgenmsg`: family, version, resource.
             bytes.extend([family, 0, 0, 0]);
             write(&mut Attributes(bytes));
         });
     }
+}
+
+/// What is asked of one table. Nothing, where there is no such table.
+pub(crate) struct Query<'a> {
+    socket: &'a Socket,
+    family: u8,
+    table: &'a str,
+}
+
+impl<'a> Query<'a> {
+    /// `family` is one of `NFPROTO_*`.
+    pub(crate) fn new(socket: &'a Socket, family: c_int, table: &'a str) -> Self {
+        Self { socket, family: family as u8, table }
+    }
+
+    /// The table's comment, and how many rules it has.
+    pub(crate) fn table(&self) -> Result<Option<(Vec<u8>, usize)>, Error> {
+        let tables = self.dump("read the tables", libc::NFT_MSG_GETTABLE, |_| {})?;
+        let name = [self.table.as_bytes(), b"\0"].concat();
+        let ours = tables.iter().map(|table| body(table)).find(|table| table.get(NFTA_TABLE_NAME) == Some(&name));
+        let Some(ours) = ours else { return Ok(None) };
+        let rules = self.dump("read the rules", libc::NFT_MSG_GETRULE, |a| a.text(NFTA_RULE_TABLE, self.table))?;
+        Ok(Some((ours.get(NFTA_TABLE_USERDATA).unwrap_or_default().to_owned(), rules.len())))
+    }
+
+    /// Every element of a set that counts: its key and what it counted.
+    pub(crate) fn counters(&self, set: &str) -> Result<Vec<(Vec<u8>, Count)>, Error> {
+        let parts = self.dump("read a set", libc::NFT_MSG_GETSETELEM, |a| {
+            a.text(NFTA_SET_ELEM_LIST_TABLE, self.table);
+            a.text(NFTA_SET_ELEM_LIST_SET, set);
+        })?;
+        let counter = |element: Reader<'_>| {
+            let key = element.nested(NFTA_SET_ELEM_KEY)?.get(NFTA_DATA_VALUE)?;
+            let data = element.nested(NFTA_SET_ELEM_EXPR)?.nested(NFTA_EXPR_DATA)?;
+            let counted = Count { packets: data.long(NFTA_COUNTER_PACKETS)?, bytes: data.long(NFTA_COUNTER_BYTES)? };
+            Some((key.to_owned(), counted))
+        };
+        let elements = parts.iter().filter_map(|part| body(part).nested(NFTA_SET_ELEM_LIST_ELEMENTS));
+        Ok(elements.flat_map(Reader::all).filter_map(|(_, element)| counter(Reader(element))).collect())
+    }
+
+    fn dump(
+        &self,
+        label: &'static str,
+        message: c_int,
+        write: impl FnOnce(&mut Attributes<'_>),
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        let mut request = Requests::default();
+        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | message) as u16;
+        request.push(label, kind, libc::NLM_F_DUMP, |bytes| {
+            bytes.extend([self.family, 0, 0, 0]);
+            write(&mut Attributes(bytes));
+        });
+        self.socket.ask(&request)
+    }
+}
+
+fn body(message: &[u8]) -> Reader<'_> {
+    Reader(message.get(GENMSG..).unwrap_or_default())
+}
+
+/// A comment as `nft` keeps and shows it: its type, its length, and the text with its end.
+pub(crate) fn userdata(comment: &str) -> Vec<u8> {
+    [&[0, comment.len() as u8 + 1], comment.as_bytes(), b"\0"].concat()
 }
 
 fn batch_header(bytes: &mut Vec<u8>) {
@@ -211,179 +309,12 @@ fn batch_header(bytes: &mut Vec<u8>) {
     bytes.extend((libc::NFNL_SUBSYS_NFTABLES as u16).to_be_bytes());
 }
 
-impl Expr<'_> {
-    fn write(&self, a: &mut Attributes<'_>) {
-        const SADDR: u32 = 12;
-        const DADDR: u32 = 16;
-        match self {
-            Self::IifnameIn(set) => {
-                a.meta(libc::NFT_META_IIFNAME);
-                a.lookup(set);
-            }
-            Self::OifnameIn(set) => {
-                a.meta(libc::NFT_META_OIFNAME);
-                a.lookup(set);
-            }
-            Self::Iifname(name) => {
-                a.meta(libc::NFT_META_IIFNAME);
-                a.compare(libc::NFT_CMP_EQ, &ifname(name));
-            }
-            Self::Oifname(name) => {
-                a.meta(libc::NFT_META_OIFNAME);
-                a.compare(libc::NFT_CMP_EQ, &ifname(name));
-            }
-            Self::Ipv4 => {
-                a.meta(libc::NFT_META_NFPROTO);
-                a.compare(libc::NFT_CMP_EQ, &[libc::NFPROTO_IPV4 as u8]);
-            }
-            Self::SaddrIn(set) => {
-                a.address(SADDR, REGISTER);
-                a.lookup(set);
-            }
-            Self::DaddrIn(set) => {
-                a.address(DADDR, REGISTER);
-                a.lookup(set);
-            }
-            Self::IifnameSaddrIn(set) => {
-                a.meta(libc::NFT_META_IIFNAME);
-                a.address(SADDR, AFTER_IFNAME);
-                a.lookup(set);
-            }
-            Self::Saddr(address) => {
-                a.address(SADDR, REGISTER);
-                a.compare(libc::NFT_CMP_EQ, &address.octets());
-            }
-            Self::Daddr(address) => {
-                a.address(DADDR, REGISTER);
-                a.compare(libc::NFT_CMP_EQ, &address.octets());
-            }
-            Self::Established => a.established(),
-            Self::Accept => a.verdict(libc::NF_ACCEPT),
-            Self::Drop => a.verdict(libc::NF_DROP),
-            Self::Masquerade => a.expression("masq", |_| {}),
-            Self::Snat(address) => a.nat(libc::NFT_NAT_SNAT, *address),
-            Self::Dnat(address) => a.nat(libc::NFT_NAT_DNAT, *address),
-        }
-    }
-}
-
-/// Where attributes are appended.
-struct Attributes<'a>(&'a mut Vec<u8>);
-
-impl Attributes<'_> {
-    fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.attribute(kind, |bytes| bytes.extend(value));
-    }
-
-    fn text(&mut self, kind: u16, value: &str) {
-        self.attribute(kind, |bytes| {
-            bytes.extend(value.as_bytes());
-            bytes.push(0);
-        });
-    }
-
-    fn number(&mut self, kind: u16, value: u32) {
-        self.bytes(kind, &value.to_be_bytes());
-    }
-
-    fn nest(&mut self, kind: u16, write: impl FnOnce(&mut Attributes<'_>)) {
-        self.attribute(kind | libc::NLA_F_NESTED as u16, |bytes| write(&mut Attributes(bytes)));
-    }
-
-    fn attribute(&mut self, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
-        let start = self.0.len();
-        self.0.extend([0; 2]);
-        self.0.extend(kind.to_ne_bytes());
-        write(self.0);
-        let length = (self.0.len() - start) as u16;
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
-
-    fn expression(&mut self, name: &str, write: impl FnOnce(&mut Attributes<'_>)) {
-        self.nest(NFTA_LIST_ELEM, |a| {
-            a.text(NFTA_EXPR_NAME, name);
-            a.nest(NFTA_EXPR_DATA, write);
-        });
-    }
-
-    fn meta(&mut self, key: c_int) {
-        self.expression("meta", |a| {
-            a.number(NFTA_META_KEY, key as u32);
-            a.number(NFTA_META_DREG, REGISTER);
-        });
-    }
-
-    /// Loads an address of the IPv4 header.
-    fn address(&mut self, offset: u32, register: u32) {
-        self.expression("payload", |a| {
-            a.number(NFTA_PAYLOAD_DREG, register);
-            a.number(NFTA_PAYLOAD_BASE, libc::NFT_PAYLOAD_NETWORK_HEADER as u32);
-            a.number(NFTA_PAYLOAD_OFFSET, offset);
-            a.number(NFTA_PAYLOAD_LEN, 4);
-        });
-    }
-
-    fn lookup(&mut self, set: &str) {
-        self.expression("lookup", |a| {
-            a.text(NFTA_LOOKUP_SET, set);
-            a.number(NFTA_LOOKUP_SREG, REGISTER);
-        });
-    }
-
-    fn compare(&mut self, operator: c_int, value: &[u8]) {
-        self.expression("cmp", |a| {
-            a.number(NFTA_CMP_SREG, REGISTER);
-            a.number(NFTA_CMP_OP, operator as u32);
-            a.nest(NFTA_CMP_DATA, |a| a.bytes(NFTA_DATA_VALUE, value));
-        });
-    }
-
-    fn established(&mut self) {
-        // A bit for each state, for both directions: bit 0 is invalid, bit 1 established, bit 2 related.
-        const ESTABLISHED_OR_RELATED: u32 = 1 << 1 | 1 << 2;
-        self.expression("ct", |a| {
-            a.number(NFTA_CT_KEY, libc::NFT_CT_STATE as u32);
-            a.number(NFTA_CT_DREG, REGISTER);
-        });
-        self.expression("bitwise", |a| {
-            a.number(NFTA_BITWISE_SREG, REGISTER);
-            a.number(NFTA_BITWISE_DREG, REGISTER);
-            a.number(NFTA_BITWISE_LEN, 4);
-            a.nest(NFTA_BITWISE_MASK, |a| a.bytes(NFTA_DATA_VALUE, &ESTABLISHED_OR_RELATED.to_ne_bytes()));
-            a.nest(NFTA_BITWISE_XOR, |a| a.bytes(NFTA_DATA_VALUE, &[0; 4]));
-        });
-        self.compare(libc::NFT_CMP_NEQ, &[0; 4]);
-    }
-
-    fn immediate(&mut self, register: u32, write: impl FnOnce(&mut Attributes<'_>)) {
-        self.expression("immediate", |a| {
-            a.number(NFTA_IMMEDIATE_DREG, register);
-            a.nest(NFTA_IMMEDIATE_DATA, write);
-        });
-    }
-
-    fn verdict(&mut self, code: c_int) {
-        self.immediate(libc::NFT_REG_VERDICT as u32, |a| {
-            a.nest(NFTA_DATA_VERDICT, |a| a.number(NFTA_VERDICT_CODE, code as u32));
-        });
-    }
-
-    fn nat(&mut self, kind: c_int, address: Ipv4Addr) {
-        self.immediate(REGISTER, |a| a.bytes(NFTA_DATA_VALUE, &address.octets()));
-        self.expression("nat", |a| {
-            a.number(NFTA_NAT_TYPE, kind as u32);
-            a.number(NFTA_NAT_FAMILY, libc::NFPROTO_IPV4 as u32);
-            a.number(NFTA_NAT_REG_ADDR_MIN, REGISTER);
-        });
-    }
-}
-
 // Attribute numbers of linux/netfilter/nf_tables.h; libc has the values but not these.
-const NFTA_LIST_ELEM: u16 = 1;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
+const NFTA_HOOK_DEV: u16 = 3;
 const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_TABLE_USERDATA: u16 = 6;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
@@ -397,38 +328,17 @@ const NFTA_SET_NAME: u16 = 2;
 const NFTA_SET_FLAGS: u16 = 3;
 const NFTA_SET_KEY_TYPE: u16 = 4;
 const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DESC: u16 = 9;
+const NFTA_SET_DESC_SIZE: u16 = 1;
 const NFTA_SET_ID: u16 = 10;
 const NFTA_SET_USERDATA: u16 = 13;
+const NFTA_SET_EXPR: u16 = 17;
 const NFTA_SET_ELEM_KEY: u16 = 1;
 const NFTA_SET_ELEM_FLAGS: u16 = 3;
+const NFTA_SET_ELEM_EXPR: u16 = 7;
+const NFTA_EXPR_DATA: u16 = 2;
+const NFTA_COUNTER_BYTES: u16 = 1;
+const NFTA_COUNTER_PACKETS: u16 = 2;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
-const NFTA_DATA_VALUE: u16 = 1;
-const NFTA_DATA_VERDICT: u16 = 2;
-const NFTA_VERDICT_CODE: u16 = 1;
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
-const NFTA_META_DREG: u16 = 1;
-const NFTA_META_KEY: u16 = 2;
-const NFTA_PAYLOAD_DREG: u16 = 1;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFTA_LOOKUP_SET: u16 = 1;
-const NFTA_LOOKUP_SREG: u16 = 2;
-const NFTA_CMP_SREG: u16 = 1;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFTA_CT_DREG: u16 = 1;
-const NFTA_CT_KEY: u16 = 2;
-const NFTA_BITWISE_SREG: u16 = 1;
-const NFTA_BITWISE_DREG: u16 = 2;
-const NFTA_BITWISE_LEN: u16 = 3;
-const NFTA_BITWISE_MASK: u16 = 4;
-const NFTA_BITWISE_XOR: u16 = 5;
-const NFTA_IMMEDIATE_DREG: u16 = 1;
-const NFTA_IMMEDIATE_DATA: u16 = 2;
-const NFTA_NAT_TYPE: u16 = 1;
-const NFTA_NAT_FAMILY: u16 = 2;
-const NFTA_NAT_REG_ADDR_MIN: u16 = 3;

@@ -22,6 +22,12 @@ pub const GUEST_MAC: [u8; 6] = [0x02, 0xFC, 0x00, 0x00, 0x00, 0x05];
 pub(crate) const UPLINK_IN_NETNS: &str = "eth0";
 /// Prefix length of the network between the ends of a veth pair.
 pub(crate) const VETH_PREFIX: u8 = 31;
+/// What the names of the host's ends begin with. No dash before the number: five digits must fit in 15 characters.
+pub(crate) const VETH: &str = "wrenn-veth";
+/// The index of the namespace's end.
+pub(crate) const UPLINK_INDEX: u32 = 2;
+/// The tap's index.
+pub(crate) const TAP_INDEX: u32 = 3;
 /// Where named namespaces are mounted; `ip netns` looks here too.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
 
@@ -56,15 +62,27 @@ impl Slot {
         [NETNS_DIR, &self.netns()].iter().collect()
     }
 
-    /// The name of the host's end of its veth pair. No dash before the number: five digits must fit in 15 characters.
+    /// The name of the host's end of its veth pair.
     pub fn veth(self) -> String {
-        format!("wrenn-veth{}", self.0)
+        format!("{VETH}{}", self.0)
     }
 
     /// The address at which the host reaches the guest: each port of it is that port of the guest.
     pub fn host_ip(self) -> Ipv4Addr {
         let [high, low] = self.0.to_be_bytes();
         Ipv4Addr::new(10, 11, high, low)
+    }
+
+    /// The MAC address of the host's end of its veth pair.
+    pub(crate) fn veth_host_mac(self) -> [u8; 6] {
+        let [high, low] = self.0.to_be_bytes();
+        [0x02, 0xFC, 0x00, 0x01, high, low]
+    }
+
+    /// The MAC address of the namespace's end.
+    pub(crate) fn veth_netns_mac(self) -> [u8; 6] {
+        let [high, low] = self.0.to_be_bytes();
+        [0x02, 0xFC, 0x00, 0x02, high, low]
     }
 
     /// The address of the host's end of the veth pair.

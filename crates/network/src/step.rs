@@ -12,16 +12,18 @@ pub enum Step {
     Namespace,
     /// Forwarding on and IPv6 off inside it.
     Sysctl,
-    /// The veth pair, one end inside and one on the host.
-    Veth,
     /// The tap that the VMM attaches to.
     Tap,
-    /// Addresses, routes and the guest's neighbour entry inside the namespace.
-    Addresses,
-    /// Address translation inside the namespace.
-    Translation,
-    /// The host's end: its address, and the route to the guest.
+    /// The veth pair, one end inside and one on the host; addresses, routes and neighbours inside the namespace.
+    Links,
+    /// Address translation and limits inside the namespace.
+    Rules,
+    /// The host's end: its address, its shape, and the route to the guest.
     HostEnd,
+    /// Connections that the host knows of, when a slot is cleaned or removed.
+    Connections,
+    /// Whether there is anything else in a namespace that was cleaned.
+    Census,
     /// The claim on the slot's number.
     Claim,
 }
@@ -32,11 +34,12 @@ impl fmt::Display for Step {
             Self::Firewall => "firewall elements",
             Self::Namespace => "network namespace",
             Self::Sysctl => "settings inside the namespace",
-            Self::Veth => "veth pair",
             Self::Tap => "tap",
-            Self::Addresses => "addresses inside the namespace",
-            Self::Translation => "address translation",
+            Self::Links => "veth pair and addresses inside the namespace",
+            Self::Rules => "rules inside the namespace",
             Self::HostEnd => "host end of the veth pair",
+            Self::Connections => "connections",
+            Self::Census => "what else is inside the namespace",
             Self::Claim => "claim",
         })
     }
@@ -59,12 +62,18 @@ impl Step {
     }
 }
 
-/// Told of each step that is done; a test makes it fail there.
+/// Told of each step that is done; a test makes it fail there, or ends the process.
 #[derive(Default)]
 pub(crate) struct Steps {
     #[cfg(test)]
     pub(crate) fail_after: std::sync::Mutex<Option<Step>>,
+    #[cfg(test)]
+    count: std::sync::atomic::AtomicUsize,
 }
+
+/// The environment variable that says at which step a test's process kills itself.
+#[cfg(test)]
+pub(crate) const KILL_AT: &str = "WRENN_NETWORK_KILL_AT";
 
 impl Steps {
     #[cfg(not(test))]
@@ -74,6 +83,10 @@ impl Steps {
 
     #[cfg(test)]
     pub(crate) fn done(&self, step: Step) -> Result<(), Failed> {
+        let count = 1 + self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if std::env::var(KILL_AT).is_ok_and(|at| at == count.to_string()) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
         match *self.fail_after.lock().unwrap() {
             Some(last) if last == step => Err(step.failed()(io::Error::other("injected"))),
             _ => Ok(()),

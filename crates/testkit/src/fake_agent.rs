@@ -11,8 +11,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use agent_api::{Capsule, CapsuleState, Endpoint, HostAgentExt, REFUSAL_HEADER, Template, Transport};
+use agent_api::{Capsule, CapsuleState, Egress, Endpoint, HostAgentExt, REFUSAL_HEADER, Template, Transport};
 use api::CapsuleId;
 use axum::extract::{self, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -175,6 +176,23 @@ impl FakeAgent {
     pub fn put(&self, id: CapsuleId, state: CapsuleState, generation: u64) {
         let capsule = Capsule { id: id.to_string(), state: state.into(), generation, ..Default::default() };
         self.inner.capsules().insert(id.to_string(), Entry::new(capsule));
+    }
+
+    /// What a capsule may reach outside.
+    pub fn egress(&self, id: CapsuleId) -> Egress {
+        let capsules = self.inner.capsules();
+        let spec = capsules.get(&id.to_string()).and_then(|entry| entry.capsule.spec.as_option().cloned());
+        spec.and_then(|spec| spec.egress.into_option()).unwrap_or_default()
+    }
+
+    /// Waits until a capsule may reach that.
+    pub async fn until_egress(&self, id: CapsuleId, egress: &Egress) {
+        let so = async {
+            while self.egress(id) != *egress {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), so).await.expect("it reaches what it should");
     }
 
     /// The ids of capsules that hold anything: every one that has not ended.

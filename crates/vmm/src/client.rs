@@ -177,7 +177,7 @@ impl Client {
 
     /// Gives a fresh VMM its kernel, root disk, network, size, metadata service and entropy device.
     pub async fn configure(&self, boot: &Boot<'_>) -> Result<(), Error> {
-        for (path, body) in boot.requests() {
+        for (path, body) in boot.requests(self.version) {
             self.put(path, &body, CONFIGURE_LIMIT).await?;
         }
         Ok(())

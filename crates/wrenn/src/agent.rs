@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ::agent::Agent;
 use anyhow::{Context, Result, bail};
+use api::egress::Cidr;
 use api::limits;
 use clap::Args;
 use tokio::net::TcpListener;
@@ -35,6 +36,20 @@ pub struct AgentCommand {
     /// or file:///path. Without it nothing is uploaded.
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
     objects: Option<::objects::Config>,
+    #[command(flatten)]
+    egress: Egress,
+}
+
+/// What the operator says that capsules may reach, whatever is asked for them.
+#[derive(Debug, Default, Args)]
+pub struct Egress {
+    /// Lets capsules reach this network although it is private (RFC 1918, 100.64.0.0/10) or link-local; may be repeated.
+    /// Capsules never reach each other, nor this machine's own addresses.
+    #[arg(long = "egress-allow", env = "WRENN_EGRESS_ALLOW", value_name = "CIDR", value_delimiter = ',')]
+    allow: Vec<Cidr>,
+    /// Keeps all capsules from reaching this network; may be repeated.
+    #[arg(long = "egress-deny", env = "WRENN_EGRESS_DENY", value_name = "CIDR", value_delimiter = ',')]
+    deny: Vec<Cidr>,
 }
 
 /// An object store's address, with what the environment says to it.
@@ -54,7 +69,7 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images, self.objects)?;
+        let config = config(dir, choice.binary, images, self.objects, self.egress)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -79,6 +94,7 @@ pub fn config(
     vmm: PathBuf,
     images: Images,
     objects: Option<::objects::Config>,
+    egress: Egress,
 ) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(::agent::Config {
@@ -93,5 +109,8 @@ pub fn config(
             memory_mib: limits::DEFAULT_MEMORY_MB,
             disk_mib: limits::DEFAULT_DISK_SIZE_MB,
         }),
+        egress_allow: egress.allow,
+        egress_deny: egress.deny,
+        slots_ready: ::agent::SLOTS_READY,
     })
 }

@@ -8,6 +8,7 @@ mod fork;
 mod kill;
 mod list;
 mod logs;
+mod network;
 mod pause;
 mod port_forward;
 mod ps;
@@ -52,6 +53,7 @@ enum Verb {
     Resume(pause::Resume),
     Fork(fork::Fork),
     Snapshot(snapshot::Snapshot),
+    Network(network::Network),
     Url(url::Url),
     PortForward(port_forward::PortForward),
     Rm(rm::Rm),
@@ -79,6 +81,7 @@ impl CapsuleCommand {
             Verb::Resume(resume) => resume.run(&client, self.json).await,
             Verb::Fork(fork) => fork.run(&client, self.json).await,
             Verb::Snapshot(snapshot) => snapshot.run(&client, self.json).await,
+            Verb::Network(network) => network.run(&client, self.json).await,
             Verb::Url(url) => url.run(&client, self.json),
             Verb::PortForward(forward) => forward.run(&client).await,
             Verb::Rm(rm) => rm.run(&client, self.json).await,
@@ -147,6 +150,18 @@ mod tests {
         assert!(parses(&["ls", "-q"]) && parses(&["list", "--json", "--url", "http://h", "--api-key", "k"]));
         assert!(parses(&["shell", ID]) && parses(&["shell", "--cmd", "top -b", ID]));
         assert!(!parses(&["shell"]) && !parses(&["shell", ID, "top"]));
+        assert!(parses(&["network", ID]) && parses(&["network", ID, "--open"]));
+        assert!(parses(&[
+            "network",
+            ID,
+            "--no-internet",
+            "--allow-out",
+            "a.example,192.0.2.0/24",
+            "--allow-out",
+            "b.example"
+        ]));
+        assert!(!parses(&["network", ID, "--open", "--no-internet"]) && !parses(&["network"]));
+        assert!(parses(&["create", "--deny-out", "192.0.2.1"]));
         assert!(parses(&["rm", ID, ID]));
         assert!(!parses(&["rm"]));
         assert!(parses(&["cp", "-", &format!("{ID}:/x")]) && !parses(&["cp", "a"]) && !parses(&["cp", "cl-1:/x", "a"]));

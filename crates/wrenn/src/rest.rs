@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::{
-    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, ErrorBody, ErrorCode, ErrorDetail,
-    Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, Signal, Template,
+    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody, ErrorCode,
+    ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, SetEgress, Signal,
+    Template,
 };
 use clap::Args;
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
@@ -117,6 +118,11 @@ impl Client {
 
     pub async fn get(&self, id: CapsuleId) -> Result<Capsule> {
         self.read(self.request(Method::GET, &format!("/v1/capsules/{id}")).timeout(CALL_LIMIT)).await
+    }
+
+    pub async fn set_network(&self, id: CapsuleId, network: &SetEgress) -> Result<Egress> {
+        let request = self.request(Method::PUT, &format!("/v1/capsules/{id}/network"));
+        self.read(request.json(network).timeout(CALL_LIMIT)).await
     }
 
     pub async fn destroy(&self, id: CapsuleId) -> Result<()> {

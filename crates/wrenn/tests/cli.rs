@@ -216,6 +216,7 @@ fn capsule(status: Status) -> Json<Capsule> {
         last_updated: Default::default(),
         auto_resume: false,
         allow_public_traffic: true,
+        network: Default::default(),
         traffic_access_token: None,
         metadata: Default::default(),
         reason: None,
@@ -393,7 +394,7 @@ fn create_waits_until_it_runs_and_prints_the_id() {
     assert_eq!(
         seen[0].1,
         json!({"template": "minimal", "vcpus": null, "memory_mb": 1024, "disk_size_mb": null,
-        "timeout_sec": null, "metadata": {"a": "b"}, "auto_resume": null, "network": null})
+        "timeout_sec": null, "metadata": {"a": "b"}, "auto_resume": null, "allow_internet_access": null, "network": null})
     );
     assert_eq!(seen[1..].iter().map(|(request, _)| request.as_str()).collect::<Vec<_>>(), ["look", "look"]);
 

@@ -192,6 +192,9 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         // What is measured here is a boot.
         objects: None,
         boot_snapshots: None,
+        egress_allow: Vec::new(),
+        egress_deny: Vec::new(),
+        slots_ready: agent::SLOTS_READY,
     })
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use agent_api::CapsuleState;
+use api::egress::Policy;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -21,6 +22,7 @@ use super::release::{release, stop};
 use super::start::{self, Origin, Running, pager_lost};
 use super::{Command, Handle, Observed, Refused, Traffic, files, save};
 use crate::boot::Boots;
+use crate::egress;
 use crate::guest::Guest;
 use crate::host::{Host, Sizes, collect};
 use crate::point::Point;
@@ -95,6 +97,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
         generation: record.generation,
         reason: String::new(),
         host_full: false,
+        egress: Arc::new(record.egress.clone()),
         host_ip: record.slot.map(|slot| slot.host_ip()),
         versions: record.versions.clone(),
         guest: None,
@@ -232,6 +235,10 @@ impl Driver {
                     Some(Life::Running(running))
                 }
                 Some(Command::Capture(dest, done)) => self.capture(running, &dest, done).await,
+                Some(Command::SetEgress(policy, done)) => {
+                    let _ = done.send(self.set_egress(policy).await);
+                    Some(Life::Running(running))
+                }
                 Some(Command::Hibernate(done)) => {
                     let _ = done.send(Err(Refused::NotPaused));
                     Some(Life::Running(running))
@@ -263,6 +270,10 @@ impl Driver {
                 }
                 Some(Command::Resume(done)) => Some(self.resume(done).await),
                 Some(Command::Hibernate(done)) => self.hibernate(done).await,
+                Some(Command::SetEgress(policy, done)) => {
+                    let _ = done.send(self.set_egress(policy).await);
+                    Some(Life::Paused)
+                }
                 Some(Command::Capture(_, done)) => {
                     let _ = done.send(Err(Refused::NotRunning));
                     Some(Life::Paused)
@@ -419,6 +430,24 @@ impl Driver {
                 self.fail(format!("a snapshot failed, and the guest could not go on: {why}")).await
             }
         }
+    }
+
+    /// Has the capsule reach that outside: now if it runs, when it runs again otherwise.
+    async fn set_egress(&mut self, policy: Policy) -> Result<(), Refused> {
+        let before = self.journal.record().egress.clone();
+        // Recorded first: were it the other way round, an agent that dies in between would be followed by one that lifts what
+        // somebody was told is forbidden.
+        let record = |error| Refused::Egress(egress::Error::Record(error));
+        self.journal.commit(|record| record.egress = policy.clone()).map_err(record)?;
+        if let Some(slot) = self.journal.record().slot
+            && let Err(error) = self.host.egress.set(slot, &policy).await
+        {
+            self.journal.commit(|record| record.egress = before).map_err(record)?;
+            return Err(Refused::Egress(error));
+        }
+        info!(capsule = %self.journal.record().spec.id, ?policy, "it reaches this now");
+        self.observed.send_modify(|observed| observed.egress = Arc::new(policy));
+        Ok(())
     }
 
     /// Records that nothing runs.

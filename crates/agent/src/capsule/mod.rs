@@ -33,10 +33,12 @@ use std::sync::Arc;
 
 use agent_api::CapsuleState;
 use api::CapsuleId;
+use api::egress::Policy;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::egress;
 use crate::guest::Guest;
 use record::Record;
 pub use traffic::{Cut, Open, Traffic};
@@ -73,6 +75,8 @@ pub struct Observed {
     pub reason: String,
     /// True when it failed because the host had no room for it: another host may have.
     pub host_full: bool,
+    /// What it may reach outside.
+    pub egress: Arc<Policy>,
     /// Where this host reaches the guest, once it has a network.
     pub host_ip: Option<Ipv4Addr>,
     /// Versions of the kernel, the VMM, this agent and envd, once it runs.
@@ -98,6 +102,8 @@ pub enum Command {
     Resume(oneshot::Sender<Result<(), Refused>>),
     /// Give back what a paused capsule takes here, once the object store has it.
     Hibernate(oneshot::Sender<Result<(), Refused>>),
+    /// Have it reach this outside, and nothing else.
+    SetEgress(Policy, oneshot::Sender<Result<(), Refused>>),
     /// Write what it is now into an empty directory, as a point. Answers with the digest of the state file.
     Capture(PathBuf, oneshot::Sender<Result<(String, Record), Refused>>),
 }
@@ -117,6 +123,9 @@ pub enum Refused {
     /// The object store could not be used.
     #[error("putting the capsule into the object store")]
     Remote(#[source] remote::Error),
+    /// What it may reach outside could not be changed.
+    #[error("changing what the capsule may reach")]
+    Egress(#[source] egress::Error),
     /// It could not be saved.
     #[error("saving the capsule")]
     Save(#[source] save::Failed),
@@ -165,6 +174,11 @@ impl Handle {
     /// Gives back what the paused capsule takes here; success when the object store has it and this host has not.
     pub async fn hibernate(&self) -> Result<(), Refused> {
         self.ask(Command::Hibernate).await
+    }
+
+    /// Has the capsule reach that outside, and nothing else; success when it is so.
+    pub async fn set_egress(&self, policy: Policy) -> Result<(), Refused> {
+        self.ask(|done| Command::SetEgress(policy, done)).await
     }
 
     /// Writes what the capsule is now into `dest`, an empty directory; the digest of its state file, and its record.

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use api::egress::Policy;
 use network::slot::Slot;
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
@@ -62,6 +63,9 @@ pub enum Base {
 pub struct Record {
     /// What it was made from.
     pub spec: Spec,
+    /// What it may reach outside.
+    #[serde(default)]
+    pub egress: Policy,
     /// The generation last published.
     pub generation: u64,
     /// How far it has come.
@@ -107,9 +111,10 @@ pub struct Journal {
 
 impl Journal {
     /// Makes the capsule's directory and its first record. `AlreadyExists` when the directory is there.
-    pub fn create(dir: PathBuf, spec: Spec, token: String) -> io::Result<Self> {
+    pub fn create(dir: PathBuf, spec: Spec, egress: Policy, token: String) -> io::Result<Self> {
         let record = Record {
             spec,
+            egress,
             generation: 1,
             phase: Phase::Starting,
             slot: None,

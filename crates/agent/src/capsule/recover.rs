@@ -22,7 +22,7 @@ use vmm::client::VmState;
 use vmm::process::Process;
 
 use super::driver::{spawn_adopted, spawn_paused};
-use super::record::{Base, Journal, Phase, Saved};
+use super::record::{Base, Journal, Phase, Record, Saved};
 use super::release::{release, stop};
 use super::start::{Running, is_whole};
 use super::{Handle, files, remote};
@@ -106,6 +106,16 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
     collect(&host.memory);
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
     host.sweep_networks(&keep).map_err(Error::Network)?;
+    for (journal, _) in &running {
+        let Record { spec, slot, egress, .. } = journal.record();
+        if let Some(slot) = slot
+            && !egress.is_open()
+            && let Err(error) = host.egress.set(*slot, egress).await
+        {
+            // The rules that it had are there still, and who is sent to a filter that is not there gets nowhere.
+            error!(capsule = %spec.id, error = crate::chain(&error), "what the capsule may reach is less than it should be");
+        }
+    }
     let running = running.into_iter().map(|(journal, found)| {
         let id = journal.record().spec.id;
         info!(capsule = %id, "took over a running capsule");

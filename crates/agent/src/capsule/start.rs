@@ -57,6 +57,9 @@ pub enum Error {
     /// The network could not be made.
     #[error("making the capsule's network")]
     Network(#[source] network::Error),
+    /// What it may reach outside could not be said.
+    #[error("limiting what the capsule may reach")]
+    Egress(#[source] crate::egress::Error),
     /// The image is not on this host.
     #[error("this host has no image `{0}`")]
     NoImage(String),
@@ -128,6 +131,7 @@ impl Error {
             Self::Record(_)
             | Self::Claim(_)
             | Self::Network(_)
+            | Self::Egress(_)
             | Self::NoImage(_)
             | Self::Disk(_)
             | Self::Cgroup(_)
@@ -231,7 +235,8 @@ pub async fn start(
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
 
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (process, placed) = tokio::join!(launch(host, &spec, &dir, slot), place(host, &dir, origin, journal.record()));
+    let (process, placed) =
+        tokio::join!(launch(host, journal.record(), &dir, slot), place(host, &dir, origin, journal.record()));
     let (process, Placed { saved, pager }) = (process?, placed?);
     let recorded = journal.update(|record| {
         record.vmm = Some(process.identity());
@@ -257,8 +262,12 @@ pub async fn start(
         let client = client.map_err(Error::Configure)?;
         debug!(capsule = %spec.id, "VMM listens");
         let versions = match &saved {
-            None => boot(host, &client, &guest, &spec).await?,
-            Some(saved) => resume(&client, &guest, &spec, &dir, saved, origin, &journal.record().versions).await?,
+            None => boot(host, &client, &guest, &spec, slot).await?,
+            Some(saved) => {
+                load(&client, &spec, saved).await?;
+                host.network_attached(slot).await.map_err(Error::Network)?;
+                restore(&guest, &spec, &dir, origin, &journal.record().versions).await?
+            }
         };
         Ok((client.version().to_string(), versions))
     };
@@ -289,8 +298,13 @@ pub async fn start(
 }
 
 /// Makes the network, and the VMM in it.
-async fn launch(host: &Host, spec: &Spec, dir: &Path, slot: Slot) -> Result<Process, Error> {
+async fn launch(host: &Host, record: &Record, dir: &Path, slot: Slot) -> Result<Process, Error> {
+    let Record { spec, egress, .. } = record;
     host.create_network(slot).await.map_err(Error::Network)?;
+    // Before there is anyone who could send.
+    if !egress.is_open() {
+        host.egress.set(slot, egress).await.map_err(Error::Egress)?;
+    }
     debug!(capsule = %spec.id, "network made");
     let launch = Launch {
         binary: &host.config.vmm,
@@ -438,7 +452,7 @@ async fn pager(
 }
 
 /// Boots the image. Returns envd's version.
-async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Result<String, Error> {
+async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec, slot: Slot) -> Result<String, Error> {
     let boot = Boot {
         kernel: &host.config.kernel,
         boot_args: BOOT_ARGS,
@@ -447,11 +461,13 @@ async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Resul
         memory_mib: spec.memory_mib,
         tap: TAP,
         mac: &GUEST_MAC.map(|octet| format!("{octet:02X}")).join(":"),
+        mtu: host.mtu(),
     };
     client.configure(&boot).await.map_err(Error::Configure)?;
     client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "VMM configured");
     client.start().await.map_err(Error::Configure)?;
+    host.network_attached(slot).await.map_err(Error::Network)?;
     debug!(capsule = %spec.id, "guest started");
     let health = guest.first_answer().await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, "guest answered");
@@ -460,16 +476,8 @@ async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec) -> Resul
     Ok(health.version)
 }
 
-/// Loads the snapshot and lets the guest go on. Returns envd's version: the one that is in the memory.
-async fn resume(
-    client: &Client,
-    guest: &Guest,
-    spec: &Spec,
-    dir: &Path,
-    saved: &Saved,
-    origin: Origin<'_>,
-    versions: &std::collections::BTreeMap<String, String>,
-) -> Result<String, Error> {
+/// Loads the snapshot and lets the guest go on.
+async fn load(client: &Client, spec: &Spec, saved: &Saved) -> Result<(), Error> {
     let inside = Path::new(vmm::CAPSULE_DIR);
     let load = Load {
         state: &inside.join(files::state(saved.number)),
@@ -485,6 +493,17 @@ async fn resume(
     client.put_mmds(&metadata(spec)).await.map_err(Error::Configure)?;
     client.resume().await.map_err(Error::Configure)?;
     debug!(capsule = %spec.id, "guest started");
+    Ok(())
+}
+
+/// Has the guest be nobody's twin. Returns envd's version: the one that is in the memory.
+async fn restore(
+    guest: &Guest,
+    spec: &Spec,
+    dir: &Path,
+    origin: Origin<'_>,
+    versions: &std::collections::BTreeMap<String, String>,
+) -> Result<String, Error> {
     let name = spec.id.to_string();
     let kind = if origin.point().is_some() { RestoreKind::Fork } else { RestoreKind::Resume };
     // What boots is called as its image says, also when its boot was done before.

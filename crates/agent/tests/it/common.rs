@@ -155,6 +155,10 @@ pub fn config(dir: &Path) -> Config {
         pager: (program("wrenn"), vec!["pager".into()]),
         objects: None,
         boot_snapshots: None,
+        egress_allow: Vec::new(),
+        egress_deny: Vec::new(),
+        // What is ready would be counted with what capsules hold.
+        slots_ready: 0,
     }
 }
 
@@ -204,7 +208,8 @@ impl Host {
         root(self.dir.path())
     }
 
-    fn instance(&self) -> String {
+    /// What names this agent's things on the machine.
+    pub fn instance(&self) -> String {
         let socket = self.agent.socket();
         socket.file_stem().unwrap().to_str().unwrap().trim_start_matches("agent-").to_owned()
     }
@@ -300,16 +305,21 @@ pub fn root(dir: &Path) -> PathBuf {
 /// How much of capsules the agent `instance` holds on the machine, with its disks below `root`: directories, claims and
 /// their namespaces, control groups, firewall elements. 0 when there is no capsule.
 pub fn holds(root: &Path, instance: &str) -> usize {
-    let claims: Vec<String> = names("/run/wrenn/slots")
-        .into_iter()
-        .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(instance)))
-        .collect();
+    let claims = claims(instance);
     let namespaces = claims.iter().filter(|slot| Path::new(&format!("/run/netns/wrenn-ns-{slot}")).exists()).count();
     let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}/wrenn-{instance}"));
     let groups: usize = groups.iter().map(|group| directories(group)).sum();
     let table = Command::new("nft").args(["list", "table", "inet", &format!("wrenn_{instance}")]).output().unwrap();
     let elements = String::from_utf8_lossy(&table.stdout).matches("wrenn-veth").count();
     directories(root.join("capsules").to_str().unwrap()) + claims.len() + namespaces + groups + elements
+}
+
+/// The slots that the agent `instance` has claimed.
+pub fn claims(instance: &str) -> Vec<String> {
+    names("/run/wrenn/slots")
+        .into_iter()
+        .filter(|slot| fs::read_link(format!("/run/wrenn/slots/{slot}")).is_ok_and(|to| to == Path::new(instance)))
+        .collect()
 }
 
 /// The processes in the control groups of the capsules of the agent `instance`.

@@ -6,7 +6,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use crate::common::{Host, spec};
+use crate::common::{Host, claims, holds, spec};
 use agent_api::{CapsuleState, CreateCapsuleRequest, DestroyCapsuleRequest, ListCapsulesRequest};
 use api::CapsuleId;
 use connectrpc::ErrorCode;
@@ -65,6 +65,51 @@ async fn a_network_that_cannot_be_made() {
             .success()
     );
     fails(host, "network").await;
+}
+
+/// Waits until that many slots are claimed by the agent, and as many were made; which.
+async fn until_ready(host: &Host, count: usize) -> Vec<String> {
+    loop {
+        let claims = claims(&host.instance());
+        // Routes come last.
+        let routes = Command::new("ip").args(["-4", "route"]).output().unwrap();
+        let routes = String::from_utf8(routes.stdout).unwrap();
+        let is_made = |slot: &String| routes.split_whitespace().any(|word| *word == format!("wrenn-veth{slot}"));
+        if claims.len() == count && claims.iter().all(is_made) {
+            return claims;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn slots_that_are_ready_are_taken_and_come_back() {
+    let host = Host::open(|config| config.slots_ready = 2).await;
+    let (root, instance) = (host.root(), host.instance());
+    let ready = until_ready(&host, 2).await;
+    let id = CapsuleId::random();
+    host.create(spec(id)).await.unwrap();
+    let slot = host.record(id)["slot"].to_string();
+    assert!(ready.contains(&slot), "{slot} of {ready:?}");
+    assert_eq!(host.sh(id, "echo hello").await, "hello");
+    let more = until_ready(&host, 3).await;
+    // A pause gives its slot back, and a resume takes one.
+    host.pause(id).await.unwrap();
+    until_ready(&host, 2).await;
+    host.resume(id).await.unwrap();
+    assert!(more.contains(&host.record(id)["slot"].to_string()));
+
+    // The next agent has them as they were.
+    until_ready(&host, 3).await;
+    let dir = host.leave().await;
+    assert_eq!(claims(&instance).len(), 3);
+    let host = Host::open_in(dir, |config| config.slots_ready = 2).await;
+    assert_eq!(host.sh(id, "echo hello").await, "hello");
+    until_ready(&host, 3).await;
+    host.destroy(id).await;
+    until_ready(&host, 2).await;
+    host.close().await;
+    assert_eq!(holds(&root, &instance), 0);
 }
 
 #[tokio::test]

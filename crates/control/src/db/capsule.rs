@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use api::egress::Policy;
 use api::{CapsuleId, CapsuleSpec, HostId, TeamId};
 use chrono::{DateTime, Utc};
 use lifecycle::{Desired, Observed, Origin, State};
 use sea_orm::entity::prelude::*;
-use sea_orm::{ActiveValue::Set, DatabaseConnection, QueryOrder};
+use sea_orm::{ActiveValue::Set, DatabaseConnection, FromJsonQueryResult, QueryOrder};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::template::Pairs;
@@ -39,6 +41,19 @@ pub struct Model {
     pub parent_id: Option<Uuid>,
     pub auto_resume: bool,
     pub traffic_token_hash: Option<String>,
+    #[sea_orm(column_type = "JsonBinary", nullable)]
+    pub egress: Option<Limits>,
+}
+
+/// What a capsule may reach outside, as a column holds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, FromJsonQueryResult)]
+pub struct Limits(pub Policy);
+
+impl Limits {
+    /// Nothing where everything may be reached.
+    fn of(policy: &Policy) -> Option<Self> {
+        (!policy.is_open()).then(|| Self(policy.clone()))
+    }
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -203,6 +218,7 @@ impl TryFrom<Model> for Capsule {
                 timeout_sec: number("capsules.timeout_sec", row.timeout_sec.into())?,
                 metadata: row.metadata.0,
                 auto_resume: row.auto_resume,
+                egress: row.egress.map(|limits| limits.0).unwrap_or_default(),
             },
             created_at: row.created_at,
             parent: row.parent_id.map(CapsuleId),
@@ -244,6 +260,7 @@ pub async fn insert(db: &DatabaseConnection, capsules: &[Capsule]) -> Result<(),
         created_at: Set(capsule.created_at),
         parent_id: Set(capsule.parent.map(|parent| parent.0)),
         auto_resume: Set(capsule.spec.auto_resume),
+        egress: Set(Limits::of(&capsule.spec.egress)),
         traffic_token_hash: Set(capsule.traffic_token.clone().map(|hash| hash.0)),
         ..changing(&capsule.life)
     });
@@ -298,6 +315,14 @@ pub async fn set_traffic_token(
     token: Option<TokenHash>,
 ) -> Result<(), Error> {
     let new = ActiveModel { traffic_token_hash: Set(token.map(|hash| hash.0)), ..Default::default() };
+    let query = Entity::update_many().set(new).filter(Column::Id.eq(id.0)).filter(Column::TeamId.eq(team.0));
+    query.exec(db).await?;
+    Ok(())
+}
+
+/// Has the team's capsule reach that outside.
+pub async fn set_egress(db: &DatabaseConnection, team: TeamId, id: CapsuleId, policy: &Policy) -> Result<(), Error> {
+    let new = ActiveModel { egress: Set(Limits::of(policy)), last_updated: Set(now()), ..Default::default() };
     let query = Entity::update_many().set(new).filter(Column::Id.eq(id.0)).filter(Column::TeamId.eq(team.0));
     query.exec(db).await?;
     Ok(())

@@ -7,7 +7,7 @@ pub struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Beginning), Box::new(Snapshots), Box::new(Traffic)]
+        vec![Box::new(Beginning), Box::new(Snapshots), Box::new(Traffic), Box::new(Egress)]
     }
 }
 
@@ -147,5 +147,23 @@ impl MigrationTrait for Traffic {
             manager.alter_table(Table::alter().table("capsules").add_column(column).to_owned()).await?;
         }
         Ok(())
+    }
+}
+
+/// What a capsule may reach outside.
+struct Egress;
+
+impl MigrationName for Egress {
+    fn name(&self) -> &str {
+        "m0004_egress"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Egress {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        // None of those that are there already has a limit.
+        let column = json_binary_null("egress").to_owned();
+        manager.alter_table(Table::alter().table("capsules").add_column(column).to_owned()).await
     }
 }

@@ -40,7 +40,9 @@ async fn finish(ctx: Arc<Context>, capsule: Capsule) -> Result<Capsule, Error> {
     let state = capsule.life.state;
     // One that is on its host is resumed from there, whatever the object store has.
     let adopt = (state.observed == Observed::Hibernated).then_some(state.generation);
-    match ctx.host.resume(capsule.id, adopt).await {
+    // It may have been changed since it was asked for.
+    let egress = db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.ok_or(Error::Gone)?.spec.egress;
+    match ctx.host.resume(capsule.id, &egress, adopt).await {
         Ok(report) => record(&ctx, capsule, Fact::Reported(&report)).await,
         // The host goes on, and the reconciler will see what comes of it.
         Err(host::Error::Late(_)) => Ok(db::capsule::get(&ctx.db, capsule.team, capsule.id).await?.unwrap_or(capsule)),

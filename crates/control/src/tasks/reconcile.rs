@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use api::CapsuleId;
 use futures::StreamExt;
-use lifecycle::Action;
+use lifecycle::{Action, HostState};
 use tokio_util::sync::CancellationToken;
 
 use crate::db::{self, capsule::Capsule};
 use crate::host::Report;
 use crate::op::record::{Fact, record};
-use crate::op::{Context, Error, create, destroy, pause, snapshot};
+use crate::op::{Context, Error, create, destroy, egress, pause, snapshot};
 
 const INTERVAL: Duration = Duration::from_secs(3);
 /// Capsules acted upon at once.
@@ -87,7 +87,13 @@ async fn settle(ctx: &Arc<Context>, capsule: Capsule, report: Option<&Report>) -
     let capsule = record(ctx, capsule, fact).await?;
     let age = (db::now() - capsule.life.last_updated).to_std().unwrap_or_default();
     match lifecycle::reconcile(capsule.life.state, capsule.origin(), report.map(|report| report.state), age) {
-        Action::Nothing => {}
+        Action::Nothing => {
+            if let Some(report) = report
+                && matches!(report.state, HostState::Running | HostState::Paused | HostState::Uploaded)
+            {
+                egress::again(ctx, &capsule, &report.egress).await?;
+            }
+        }
         Action::GiveUp => {
             record(ctx, capsule, Fact::StartFailed { reason: "the fork did not reach its host".into() }).await?;
         }

@@ -10,6 +10,7 @@ mod exec;
 mod files;
 mod fork;
 mod hibernate;
+mod network;
 mod pause;
 mod pty;
 mod reconcile;

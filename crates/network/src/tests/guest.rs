@@ -92,7 +92,7 @@ impl Drop for Guest {
     }
 }
 
-fn tap(netns: &Path, name: &str) -> File {
+pub(super) fn tap(netns: &Path, name: &str) -> File {
     inside(netns, || {
         let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
         let mut request = libc::ifreq {

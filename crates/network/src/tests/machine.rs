@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{Config, Network};
 
 /// Runs `test` on a machine without links but `lo`, and without a default route.
-pub(super) fn on_own_machine(test: impl FnOnce() + Send) {
+pub(crate) fn on_own_machine(test: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let result = scope
             .spawn(|| {
@@ -35,12 +35,22 @@ pub(super) fn network() -> Network {
     instance("0123abcd")
 }
 
+/// The same, with slots made ahead.
+pub(super) fn pooled(ready: usize) -> Network {
+    Network::open(&Config { ready, ..config("0123abcd") }).unwrap()
+}
+
 pub(super) fn instance(name: &str) -> Network {
-    Network::open(&Config { instance: name.to_owned() }).unwrap()
+    Network::open(&config(name)).unwrap()
+}
+
+/// Without slots made ahead, and with the floor as it is.
+pub(super) fn config(name: &str) -> Config {
+    Config { instance: name.to_owned(), allow: Vec::new(), deny: Vec::new(), ready: 0 }
 }
 
 /// Runs a command line on this thread's machine and returns what it prints.
-pub(super) fn sh(line: &str) -> String {
+pub(crate) fn sh(line: &str) -> String {
     let output = Command::new("sh").args(["-ec", line]).output().unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()

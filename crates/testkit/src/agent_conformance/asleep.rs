@@ -15,6 +15,7 @@ pub(super) async fn all(subject: &Subject) {
     nobody_to_pause(subject).await;
     what_hibernates_is_not_here_and_comes_back(subject).await;
     nobody_to_hibernate(subject).await;
+    what_it_may_reach_is_kept(subject).await;
 }
 
 impl Subject {
@@ -205,4 +206,55 @@ async fn nobody_to_pause(subject: &Subject) {
     subject.end(&id).await;
     assert_eq!(subject.pause(&id).await.expect_err("it has ended").code, ErrorCode::NotFound);
     assert_eq!(subject.resume(&id).await.expect_err("it has ended").code, ErrorCode::NotFound);
+}
+
+/// What a capsule may reach is what was said last, whatever becomes of it.
+async fn what_it_may_reach_is_kept(subject: &Subject) {
+    let list = |entries: &[&str]| entries.iter().map(ToString::to_string).collect();
+    let everything = "0.0.0.0/0";
+    let off = Egress { deny: list(&[everything]), ..Default::default() };
+    let named = Egress { domains: list(&["*.example.com"]), allow: list(&["192.0.2.0/24"]), ..off.clone() };
+    let set = async |id: &str, egress: &Egress| {
+        let request = SetEgressRequest { id: id.into(), egress: egress.clone().into(), ..Default::default() };
+        subject.lifecycle().set_egress(request).await.map(drop)
+    };
+    let reported = async |id: &str| {
+        let spec = subject.listed(id).await.and_then(|capsule| capsule.spec.into_option());
+        spec.expect("it is listed").egress.into_option().unwrap_or_default()
+    };
+
+    let spec = CapsuleSpec { egress: off.clone().into(), ..subject.spec() };
+    let capsule = subject.create(&spec).await.expect("a create succeeds");
+    let id = spec.id.as_str();
+    assert_eq!(capsule.spec.as_option(), Some(&spec));
+    for egress in [&named, &named, &Egress::default(), &off] {
+        set(id, egress).await.expect("a running capsule's limits are changed");
+        assert_eq!(reported(id).await, *egress);
+    }
+    for wrong in [
+        Egress { deny: list(&["::/0"]), ..Default::default() },
+        Egress { domains: list(&["example.com"]), ..Default::default() },
+        Egress { domains: list(&["a\0b.example"]), ..off.clone() },
+    ] {
+        assert_eq!(set(id, &wrong).await.expect_err("it is none").code, ErrorCode::InvalidArgument);
+    }
+    assert_eq!(reported(id).await, off);
+
+    let child = CapsuleId::random().to_string();
+    let request = ForkCapsuleRequest { id: id.into(), children: vec![child.clone()], ..Default::default() };
+    subject.lifecycle().fork_capsule(request).await.expect("a fork succeeds");
+    assert_eq!(reported(&child).await, off, "a fork has its parent's");
+    subject.end(&child).await;
+
+    subject.pause(id).await.expect("a pause succeeds");
+    assert_eq!(reported(id).await, off);
+    set(id, &named).await.expect("a paused capsule's limits are changed");
+    subject.resume(id).await.expect("a resume succeeds");
+    assert_eq!(reported(id).await, named);
+    subject.pause(id).await.expect("a pause succeeds");
+    let request = ResumeCapsuleRequest { id: id.into(), egress: off.clone().into(), ..Default::default() };
+    subject.lifecycle().resume_capsule(request).await.expect("a resume succeeds");
+    assert_eq!(reported(id).await, off);
+    subject.end(id).await;
+    assert_eq!(set(id, &off).await.expect_err("it has ended").code, ErrorCode::NotFound);
 }

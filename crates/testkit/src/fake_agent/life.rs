@@ -91,6 +91,19 @@ pub async fn resume(inner: &Arc<Inner>, id: &str) -> Result<Capsule, ConnectErro
     inner.get(id)
 }
 
+/// Writes down what the capsule may reach.
+pub fn set_egress(inner: &Inner, id: &str, egress: Egress) -> Result<(), ConnectError> {
+    inner.fails()?;
+    let policy = api::egress::Policy::try_from(egress)
+        .map_err(|error: agent_api::egress::Error| ConnectError::invalid_argument(error.to_string()))?;
+    let mut capsules = inner.capsules();
+    let entry = capsules.get_mut(id).filter(|entry| !ended(&entry.capsule)).ok_or_else(|| absent(id))?;
+    let mut spec = entry.capsule.spec.clone().into_option().unwrap_or_default();
+    spec.egress = (!policy.is_open()).then(|| Egress::from(&policy)).into();
+    entry.capsule.spec = spec.into();
+    Ok(())
+}
+
 /// Moves a paused capsule to the object store.
 pub async fn hibernate(inner: &Arc<Inner>, id: &str) -> Result<Capsule, ConnectError> {
     let _turn = turn(inner, id).await?;

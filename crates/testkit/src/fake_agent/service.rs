@@ -81,6 +81,9 @@ impl HostAgent for Service {
         if request.adopt {
             life::adopt(&inner, &request.id);
         }
+        if let Some(egress) = request.egress.into_option() {
+            life::set_egress(&inner, &request.id, egress)?;
+        }
         let capsule = detached(async move { life::resume(&inner, &request.id).await }).await?;
         Response::ok(ResumeCapsuleResponse { capsule: capsule.into(), ..Default::default() })
     }
@@ -132,6 +135,16 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<ListTemplatesResponse> + Send + use<'a>> {
         let templates = self.0.templates.lock().expect("no panics under this lock").values().cloned().collect();
         Response::ok(ListTemplatesResponse { templates, ..Default::default() })
+    }
+
+    async fn set_egress<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, SetEgressRequest>,
+    ) -> ServiceResult<impl Encodable<SetEgressResponse> + Send + use<'a>> {
+        let request = request.to_owned_message();
+        life::set_egress(&self.0, &request.id, request.egress.into_option().unwrap_or_default())?;
+        Response::ok(SetEgressResponse::default())
     }
 
     async fn touch_capsule<'a>(

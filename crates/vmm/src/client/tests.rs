@@ -29,8 +29,10 @@ fn a_boot_is_configured_by_exactly_these_requests() {
         memory_mib: 512,
         tap: "tap0",
         mac: "02:FC:00:00:00:05",
+        mtu: None,
     };
-    let sent = boot.requests().map(|(path, body)| (path, serde_json::to_value(body).unwrap()));
+    let new: Version = "1.16.1".parse().unwrap();
+    let sent = boot.requests(new).map(|(path, body)| (path, serde_json::to_value(body).unwrap()));
     let expected = [
         ("/boot-source", json!({"kernel_image_path": "/images/vmlinux", "boot_args": "console=ttyS0"})),
         (
@@ -47,6 +49,13 @@ fn a_boot_is_configured_by_exactly_these_requests() {
         ("/entropy", json!({})),
     ];
     assert_eq!(sent, expected);
+
+    // Only where it is known.
+    for (version, mtu) in [("1.16.0", json!(1420)), ("1.15.1", json!(null))] {
+        let boot = Boot { mtu: Some(1420), ..boot };
+        let (_, interface) = &boot.requests(version.parse().unwrap())[2];
+        assert_eq!(serde_json::to_value(interface).unwrap()["mtu"], mtu, "{version}");
+    }
 }
 
 #[test]

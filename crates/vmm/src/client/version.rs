@@ -66,6 +66,8 @@ pub enum Feature {
     ClockRealtime,
     /// Another vsock path on load than the one in the snapshot.
     VsockOverride,
+    /// Telling the guest an MTU.
+    Mtu,
 }
 
 impl Feature {
@@ -73,7 +75,7 @@ impl Feature {
     pub const fn since(self) -> Version {
         match self {
             Self::TrackDirtyPagesOnLoad => Version::new(1, 13, 0),
-            Self::ClockRealtime | Self::VsockOverride => Version::new(1, 16, 0),
+            Self::ClockRealtime | Self::VsockOverride | Self::Mtu => Version::new(1, 16, 0),
         }
     }
 }
@@ -84,6 +86,7 @@ impl fmt::Display for Feature {
             Self::TrackDirtyPagesOnLoad => "`track_dirty_pages` on load",
             Self::ClockRealtime => "`clock_realtime`",
             Self::VsockOverride => "`vsock_override`",
+            Self::Mtu => "`mtu`",
         })
     }
 }

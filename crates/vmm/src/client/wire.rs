@@ -33,11 +33,13 @@ pub struct Boot<'a> {
     pub tap: &'a str,
     /// The guest's hardware address, six colon-separated octets.
     pub mac: &'a str,
+    /// What the guest is told that fits into one packet; none says nothing, which is 1500.
+    pub mtu: Option<u16>,
 }
 
 impl<'a> Boot<'a> {
     /// The requests that configure it, in the order the VMM needs: the metadata service names an interface.
-    pub(super) fn requests(&self) -> [(&'static str, Configure<'a>); 6] {
+    pub(super) fn requests(&self, version: Version) -> [(&'static str, Configure<'a>); 6] {
         let drive = Drive { drive_id: "rootfs", path_on_host: self.rootfs, is_root_device: true, is_read_only: false };
         let limiter =
             RateLimiter { bandwidth: TokenBucket { size: BANDWIDTH, refill_time: REFILL_MS, one_time_burst: BURST } };
@@ -45,6 +47,8 @@ impl<'a> Boot<'a> {
             iface_id: INTERFACE,
             host_dev_name: self.tap,
             guest_mac: self.mac,
+            // Who is not told learns it from what does not get through.
+            mtu: self.mtu.filter(|_| version.has(Feature::Mtu)),
             tx_rate_limiter: limiter,
         };
         let machine = MachineConfig {
@@ -89,6 +93,8 @@ pub(super) struct NetworkInterface<'a> {
     iface_id: &'static str,
     host_dev_name: &'a str,
     guest_mac: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtu: Option<u16>,
     tx_rate_limiter: RateLimiter,
 }
 

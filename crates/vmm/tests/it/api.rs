@@ -61,6 +61,7 @@ async fn configured(host: &Host, binary: &Path) -> (Process, Client) {
         memory_mib: MEMORY_MIB,
         tap: "tap0",
         mac: "02:FC:00:00:00:05",
+        mtu: None,
     };
     client.configure(&boot).await.unwrap();
     (process, client)

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use api::{Capsule, CreateCapsule, Network, Status};
 use clap::Args;
 
+use super::network::Egress;
 use crate::rest::Client;
 use crate::terminal::{self, Progress};
 
@@ -42,6 +43,8 @@ pub(super) struct Create {
     /// Have its URLs want a token, which is printed after the id.
     #[arg(long)]
     private: bool,
+    #[command(flatten)]
+    egress: Egress,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
@@ -49,6 +52,8 @@ pub(super) struct Create {
 
 impl Create {
     pub(super) async fn run(self, client: &Client, json: bool) -> Result<ExitCode> {
+        let egress = self.egress.asked();
+        let has_network = self.private || egress.allow_out.is_some() || egress.deny_out.is_some();
         let request = CreateCapsule {
             template: self.template,
             vcpus: self.vcpus,
@@ -57,7 +62,12 @@ impl Create {
             timeout_sec: self.timeout,
             metadata: (!self.label.is_empty()).then(|| self.label.into_iter().collect()),
             auto_resume: self.auto_resume.then_some(true),
-            network: self.private.then_some(Network { allow_public_traffic: Some(false) }),
+            allow_internet_access: egress.allow_internet_access,
+            network: has_network.then_some(Network {
+                allow_public_traffic: self.private.then_some(false),
+                allow_out: egress.allow_out,
+                deny_out: egress.deny_out,
+            }),
         };
         let progress = Progress::new(json);
         progress.show("creating");

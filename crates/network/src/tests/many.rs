@@ -1,0 +1,61 @@
+//! As many slots as a machine has in a busy hour.
+
+use std::net::{Ipv4Addr, UdpSocket};
+
+use super::guest::{SERVER_IP, internet, udp};
+use super::machine::{assert_same, inventory, network, on_own_machine, sh};
+use super::wire::{UDP, Wire};
+
+const AT_ONCE: usize = 250;
+const ROUNDS: usize = 4;
+
+#[test]
+fn a_thousand_slots_are_made_and_used_and_leave_nothing() {
+    on_own_machine(|| {
+        let server = udp(&internet(), &format!("{SERVER_IP}:7"));
+        // Making slots takes longer than a test waits for a datagram.
+        server.set_read_timeout(None).unwrap();
+        let answers = server.try_clone().unwrap();
+        let echo = std::thread::spawn(move || {
+            let mut buffer = [0; 100];
+            while let Ok((length @ 1.., from)) = answers.recv_from(&mut buffer) {
+                let _ = answers.send_to(&buffer[..length], from);
+            }
+        });
+        let network = network();
+        sh("echo 1 > /proc/sys/net/ipv6/conf/up0/disable_ipv6");
+        let before = inventory();
+        let host = UdpSocket::bind("0.0.0.0:0").unwrap();
+        let to: Ipv4Addr = SERVER_IP.parse().unwrap();
+        for _ in 0..ROUNDS {
+            let mut slots = Vec::new();
+            for _ in 0..AT_ONCE {
+                let slot = network.claim().unwrap();
+                network.create(slot).unwrap();
+                slots.push((slot, Wire::open(slot)));
+                network.attached(slot).unwrap();
+            }
+            // With all of them there.
+            for (slot, wire) in &mut slots {
+                wire.send_udp(5000, (to, 7), slot.to_string().as_bytes());
+                assert_eq!(wire.next(UDP), Some(slot.to_string().into_bytes()), "from the internet to slot {slot}");
+                host.send_to(b"from the host", (slot.host_ip(), 6000)).unwrap();
+                assert_eq!(wire.next(UDP), Some(b"from the host".to_vec()), "from the host to slot {slot}");
+            }
+            let traffic = network.traffic().unwrap();
+            assert_eq!(traffic.len(), AT_ONCE);
+            assert!(traffic.values().all(|of| (of.sent.packets, of.received.packets) == (1, 2)), "{traffic:?}");
+            for (slot, wire) in slots {
+                drop(wire);
+                network.destroy(slot).unwrap();
+            }
+            assert_eq!(sh("grep -cE 'src=10.12|dst=10.11' /proc/thread-self/net/nf_conntrack || true"), "0\n");
+        }
+        // The uplink has learned of its neighbour.
+        sh("ip neigh flush dev up0");
+        assert_same(&before, "at the end");
+        network.close().unwrap();
+        server.send_to(b"", (to, 7)).unwrap();
+        echo.join().unwrap();
+    });
+}
