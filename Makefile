@@ -57,6 +57,7 @@ dev: images
 # What ours is measured beside.
 bench-guest-path: PEER = openssh-server
 bench-snapshot-store: PEER = qemu-utils zstd
+bench-slots: PEER = iptables
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 

@@ -9,6 +9,9 @@ use std::time::Duration;
 /// How long what was given back may take to be gone.
 const SETTLED: Duration = Duration::from_secs(10);
 
+/// For how long nothing changes on a machine at rest.
+const REST: Duration = Duration::from_millis(500);
+
 /// Names of everything, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
@@ -38,6 +41,19 @@ impl Machine {
             processes: processes(),
             claims: names("/run/wrenn/slots"),
             cgroups: cgroups(),
+        }
+    }
+
+    /// Looks at the machine when it has come to rest: an agent makes network slots ahead, beside everything else.
+    pub async fn at_rest() -> Self {
+        let mut before = Self::now();
+        loop {
+            tokio::time::sleep(REST).await;
+            let now = Self::now();
+            if now == before {
+                return now;
+            }
+            before = now;
         }
     }
 

@@ -192,16 +192,17 @@ impl Pool {
 
     fn job(&self, state: &mut State, now: Instant) -> Option<Job> {
         let is_wanted = state.ready.len() < self.size;
-        if let Some(&used) = state.used.front() {
-            // Low numbers stay and come back, so that what is ready on an idle machine is always the same.
-            let highest = state.ready.iter().copied().enumerate().max_by_key(|(_, slot)| *slot);
-            if let (false, Some((index, highest))) = (is_wanted, highest)
-                && highest > used
-            {
-                state.ready.remove(index);
-                state.working = Some(highest);
-                return Some(Job::Destroy(highest));
-            }
+        // Low numbers stay and come back, so that what is ready on an idle machine is always the same.
+        let used = state.used.front().copied();
+        let highest = state.ready.iter().copied().enumerate().max_by_key(|(_, slot)| *slot);
+        if let Some((index, highest)) = highest.filter(|_| !is_wanted)
+            && used.map_or_else(|| self.slots.claims.is_lower_free(highest), |used| highest > used)
+        {
+            state.ready.remove(index);
+            state.working = Some(highest);
+            return Some(Job::Destroy(highest));
+        }
+        if let Some(used) = used {
             state.used.pop_front();
             state.working = Some(used);
             let is_kept = is_wanted && !self.slots.claims.is_lower_free(used);

@@ -342,6 +342,9 @@ fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
         let network = network();
         let slot = network.claim().unwrap();
         network.create(slot).unwrap();
+        // By its number: the machine under this one may have a slot of the same name.
+        let namespace =
+            format!("net:[{}]", std::os::unix::fs::MetadataExt::ino(&fs::metadata(slot.netns_path()).unwrap()));
         let (ready, is_ready) = mpsc::channel();
         let (destroyed, is_destroyed) = mpsc::channel();
         std::thread::scope(|scope| {
@@ -351,10 +354,10 @@ fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
                 unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
                 rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
                 let mounts = || fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-                let had = mounts().contains("wrenn-ns-1");
+                let had = mounts().contains(&namespace);
                 ready.send(()).unwrap();
                 is_destroyed.recv().unwrap();
-                (had, mounts().contains("wrenn-ns-1"))
+                (had, mounts().contains(&namespace))
             });
             is_ready.recv().unwrap();
             network.destroy(slot).unwrap();
