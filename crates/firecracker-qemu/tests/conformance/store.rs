@@ -63,7 +63,7 @@ impl<'a> Kept<'a> {
         let (pager, stop) = (pager.unwrap(), eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         let stops = stop.try_clone().unwrap();
         let serving = Serving { thread: std::thread::spawn(move || pager.serve(stops.as_fd())), stop };
-        let options = json!({ "resume_vm": true, "track_dirty_pages": true });
+        let options = vm.in_its_words(json!({ "resume_vm": true, "track_dirty_pages": true }));
         let snapshot = Snapshot { state, memory: PathBuf::new() };
         vm.api.put("/snapshot/load", load_request(&snapshot, "Uffd", &socket, &options));
         (vm, serving)
