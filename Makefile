@@ -1,4 +1,4 @@
-# The same words everywhere: build · images · demo · test · lint · bench-NAME · fuzz-NAME · dev
+# The same words everywhere: build · images · demo · test · test-host · lint · bench-NAME · fuzz-NAME · dev
 # `make demo` and `make test` work on a fresh Debian 12 machine with git and a Rust toolchain; see README.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +10,7 @@ STATIC := x86_64-unknown-linux-gnu
 ENVD := $(TARGET)/envd
 export WRENN_CACHE := $(CACHE)
 
-.PHONY: build images demo test lint dev setup envd
+.PHONY: build images demo test test-host lint dev setup envd
 .SILENT:
 
 ## Debian packages that building and running need.
@@ -41,6 +41,13 @@ test: images
 	cargo build --workspace --bins --lib
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)
+
+## What a VMM must do and what the agent does with it, on a real Firecracker in an emulated host. NAME=... as above.
+test-host: images
+	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
+	cargo build -p wrenn -p firecracker-qemu
+	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
+	tools/test-host.sh $(if $(NAME),'test($(NAME))')
 
 ## Formatting, warnings, licences and dependency policy.
 lint: setup

@@ -36,8 +36,9 @@ fi
 host=$work/host
 mkdir -p "$host/bin"
 printf '%s\n%s\n' "$root" "$target" >"$host/places"
-packages=(-p agent -p firecracker-qemu -p vmm)
-cargo nextest list "${packages[@]}" --list-type binaries-only --message-format json >"$host/binaries-metadata.json"
+tests=(-p agent -p end-to-end -p firecracker-qemu -p vmm
+  --test it --test conformance --test cli --test lifecycle --test ports --test proxy --test pty --test recovery)
+cargo nextest list "${tests[@]}" --list-type binaries-only --message-format json >"$host/binaries-metadata.json"
 cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
 (cd "$root" && git ls-files -z | grep -zv '^tests/sdk/' | xargs -0 cp --parents -t "$(mkdir -p "$host$root"; echo "$host$root")")
 {
@@ -50,7 +51,7 @@ done
 mkdir -p "$host$target/tmp"
 cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
 cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"
-if [ $# -gt 0 ]; then echo "$1" >"$host/filter"; else grep -v '^#' "$here/filter" | paste -sd' ' >"$host/filter"; fi
+if [ $# -gt 0 ]; then echo "$1" >"$host/filter"; else sed '/^#/d; s/.*/(&)/' "$here/filter" | paste -sd'|' >"$host/filter"; fi
 cp "$here/main.sh" "$host/"
 truncate -s 2G "$work/host.ext4"
 mkfs.ext4 -q -F -m 0 -E lazy_itable_init=0 -O ^has_journal -d "$host" "$work/host.ext4"

@@ -22,7 +22,7 @@ set_up() {
   # Images and data directories share blocks here, as on a well-kept host.
   mkfs.xfs -q -K -m reflink=1 /dev/vdd && mount -o discard /dev/vdd /scratch &&
   mkdir -p /scratch/{tmp,cache/images} && chmod 1777 /scratch/tmp && mount --bind /scratch/tmp /tmp &&
-  mkdir /run/images && mount -o ro /dev/vdc /run/images && cp --sparse=always /run/images/*.* /scratch/cache/images/ || return
+  mkdir /run/images && mount -o ro /dev/vdc /run/images && cp /run/images/*.* /scratch/cache/images/ || return
   # The sources and what was built of them are where they were built.
   local directory
   while read -r directory; do
@@ -33,6 +33,7 @@ set_up() {
 
 suite() {
   export WRENN_CACHE=/scratch/cache TMPDIR=/scratch/tmp FIRECRACKER_BIN=/usr/local/bin/firecracker RUST_BACKTRACE=0
+  export WRENN_KILLS=2
   cd "$(head -n 1 /host/places)" &&
   cargo-nextest nextest run --profile host --color never --no-fail-fast --hide-progress-bar \
     --cargo-metadata /host/cargo-metadata.json --binaries-metadata /host/binaries-metadata.json \
