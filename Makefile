@@ -10,7 +10,7 @@ STATIC := x86_64-unknown-linux-gnu
 ENVD := $(TARGET)/envd
 export WRENN_CACHE := $(CACHE)
 
-.PHONY: build images demo test test-host lint dev setup envd
+.PHONY: build images demo test test-host vmm-table lint dev setup envd
 .SILENT:
 
 ## Debian packages that building and running need.
@@ -48,6 +48,11 @@ test-host: images
 	cargo build -p wrenn -p firecracker-qemu
 	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
 	tools/test-host.sh $(if $(NAME),'test($(NAME))')
+
+## The table of docs/vmm.md, from what `make test` and `make test-host` found last.
+vmm-table:
+	tools/vmm-table.py docs/vmm.md "firecracker-qemu=$$(ls -t $(TARGET)/nextest/*/junit.xml | head -n 1)" \
+	  "$$(cat $(TARGET)/host/version)=$(TARGET)/host/junit.xml"
 
 ## Formatting, warnings, licences and dependency policy.
 lint: setup

@@ -16,6 +16,7 @@ set_up() {
   modprobe -a kvm-amd tun loop xfs dm-snapshot veth nf_tables nft_chain_nat nft_masq nft_ct || return
   echo 1 >/proc/sys/vm/unprivileged_userfaultfd
   ip link set lo up
+  echo "emulated host: booted after $(now) s"
   # A way out for capsules, to nowhere.
   modprobe dummy && ip link add out type dummy && ip addr add 192.0.2.1/24 dev out && ip link set out up &&
   ip route add default via 192.0.2.2 dev out || return

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use vm::Vm;
 
 /// Nothing in this suite takes this long; a test that waits longer fails instead of hanging.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(180);
 
 /// A directory and any number of namespaces, counted out at the end.
 pub struct Host {

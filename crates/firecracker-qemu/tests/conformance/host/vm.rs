@@ -17,7 +17,8 @@ use super::{DEADLINE, Host, until};
 /// The guest's, which the host's permanent neighbour entry knows.
 pub const MAC: &str = "02:fc:00:00:00:05";
 
-const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet i8042.nopnp pci=off \
+const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet pci=off \
+    i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp \
     ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off";
 
 /// MiB; small, since every Full snapshot writes it.
