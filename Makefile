@@ -51,7 +51,7 @@ test-host: images
 
 ## The table of docs/vmm.md, from what `make test` and `make test-host` found last.
 vmm-table:
-	tools/vmm-table.py docs/vmm.md "firecracker-qemu=$$(ls -t $(TARGET)/nextest/*/junit.xml | head -n 1)" \
+	tools/vmm-table.py docs/vmm.md tests/host/differences "firecracker-qemu=$$(ls -t $(TARGET)/nextest/*/junit.xml | head -n 1)" \
 	  "$$(cat $(TARGET)/host/version)=$(TARGET)/host/junit.xml"
 
 ## Formatting, warnings, licences and dependency policy.

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the table of docs/vmm.md: what the suite demands, and what came of it on each VMM.
 
-vmm-table.py DOC NAME=JUNIT...    replaces what is between the two marks in DOC; a column for each NAME.
+vmm-table.py DOC DIFFERENCES NAME=JUNIT...    replaces what is between the two marks in DOC; a column for each NAME. The
+last one's results decide which rows there are, besides those of DIFFERENCES.
 """
 
 import sys
@@ -21,11 +22,20 @@ def results(path):
     return found
 
 
-def main(doc, *columns):
+def differences(path):
+    with open(path) as file:
+        lines = [line for line in file if not line.startswith("#")]
+    return dict(line.strip().split(" ", 1) for line in lines)
+
+
+def main(doc, known, *columns):
     names, paths = zip(*(column.split("=", 1) for column in columns))
     tables = [results(path) for path in paths]
-    # What ran on the last one decides which rows there are: that is the emulated host, whose list is chosen.
-    rows = [row for row in tables[-1] if row[0] in SUITES and "host::" not in row[1]]
+    known = differences(known)
+    rows = {row for row in tables[-1] if row[0] in SUITES and "host::" not in row[1]}
+    for table in tables[:-1]:
+        rows |= {row for row in table if row[0] in SUITES and row[1] in known}
+    rows = list(rows)
     rows.sort(key=lambda row: (SUITES.index(row[0]), row[1]))
     lines = ["| | | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     last = None
@@ -34,9 +44,11 @@ def main(doc, *columns):
         group, _, behaviour = test.rpartition("::")
         crate, _, binary = suite.partition("::")
         group = {"conformance": f"VMM: {group}", "it": f"{crate}: {group}"}.get(binary, f"{crate}: {binary}")
-        cells = " | ".join(table.get(row, "not run") for table in tables)
+        missing = "differs[^" + str(list(known).index(test) + 1) + "]" if test in known else "not run"
+        cells = " | ".join(table.get(row, missing) for table in tables)
         lines.append(f"| {group if group != last else ''} | {behaviour.replace('_', ' ')} | {cells} |")
         last = group
+    lines += [""] + [f"[^{number}]: {reason}" for number, reason in enumerate(known.values(), 1)]
     with open(doc) as file:
         text = file.read()
     before, rest = text.split(BEGIN)

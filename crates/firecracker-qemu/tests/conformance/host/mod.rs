@@ -55,6 +55,8 @@ impl Host {
         let within = |arguments: &[&str]| ip(&[&["-n", &namespace], arguments].concat());
         within(&["tuntap", "add", tap, "mode", "tap"]);
         within(&["addr", "add", "169.254.0.22/30", "dev", tap]);
+        // The host would send packets of its own, which a VMM puts into the guest's memory even while that is paused.
+        within(&["link", "set", tap, "addrgenmode", "none"]);
         // The same everywhere: a restored guest still has it in its neighbour table.
         within(&["link", "set", tap, "address", "02:fc:00:00:00:06", "up"]);
         within(&["neigh", "replace", "169.254.0.21", "lladdr", vm::MAC, "dev", tap, "nud", "permanent"]);
