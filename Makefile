@@ -46,6 +46,7 @@ test: images
 test-host: images
 	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
 	cargo build -p wrenn -p firecracker-qemu
+	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
 	tools/test-host.sh $(if $(NAME),'test($(NAME))')
 
