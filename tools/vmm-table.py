@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes the table of docs/vmm.md: what the suite demands, and what came of it on each VMM.
 
-vmm-table.py DOC DIFFERENCES NAME=JUNIT...    replaces what is between the two marks in DOC; a column for each NAME. The
-last one's results decide which rows there are, besides those of DIFFERENCES.
+vmm-table.py DOC DIFFERENCES NAME=JUNIT[,JUNIT]...    replaces what is between the two marks in DOC; a column for each
+NAME. The last one's results decide which rows there are, besides those of DIFFERENCES.
 """
 
 import sys
@@ -14,11 +14,12 @@ SUITES = ["firecracker-qemu::conformance", "vmm::it", "agent::it", "end-to-end::
           "end-to-end::ports", "end-to-end::proxy", "end-to-end::pty", "end-to-end::recovery"]
 
 
-def results(path):
+def results(paths):
     found = {}
-    for case in xml.parse(path).getroot().iter("testcase"):
-        failed = case.find("failure") is not None or case.find("error") is not None
-        found[case.get("classname"), case.get("name")] = "**no**" if failed else "yes"
+    for path in paths.split(","):
+        for case in xml.parse(path).getroot().iter("testcase"):
+            failed = case.find("failure") is not None or case.find("error") is not None
+            found[case.get("classname"), case.get("name")] = "**no**" if failed else "yes"
     return found
 
 

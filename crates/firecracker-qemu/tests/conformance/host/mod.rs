@@ -112,14 +112,19 @@ pub fn connect_in(namespace: &str, address: SocketAddr) -> std::io::Result<TcpSt
 }
 
 /// Asks again, a few milliseconds apart, until there is an answer; for what sends no event.
-pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(what: &str, ask: impl FnMut() -> Option<T>) -> T {
+    until_every(Duration::from_millis(5), what, ask)
+}
+
+/// [`until`], but so far apart that the asking takes nothing from what is waited for.
+pub fn until_every<T>(pause: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
         assert!(started.elapsed() < DEADLINE, "waited too long for {what}");
-        thread::park_timeout(Duration::from_millis(5));
+        thread::park_timeout(pause);
     }
 }
 
