@@ -1,4 +1,4 @@
-# The same words everywhere: build · images · demo · test · lint · bench-NAME · fuzz-NAME · dev
+# The same words everywhere: build · images · demo · test · test-host · lint · bench-NAME · fuzz-NAME · dev
 # `make demo` and `make test` work on a fresh Debian 12 machine with git and a Rust toolchain; see README.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +10,7 @@ STATIC := x86_64-unknown-linux-gnu
 ENVD := $(TARGET)/envd
 export WRENN_CACHE := $(CACHE)
 
-.PHONY: build images demo test lint dev setup envd
+.PHONY: build images demo test test-host vmm-table lint dev setup envd
 .SILENT:
 
 ## Debian packages that building and running need.
@@ -41,6 +41,19 @@ test: images
 	cargo build --workspace --bins --lib
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)
+
+## What a VMM must do and what the agent does with it, on a real Firecracker in an emulated host. NAME=... as above.
+test-host: images
+	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
+	cargo build -p wrenn -p firecracker-qemu
+	install -m 0755 $(ENVD) $(TARGET)/debug/envd
+	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
+	tools/test-host.sh $(if $(NAME),'test($(NAME))')
+
+## The table of docs/vmm.md, from what `make test` and `make test-host` found last.
+vmm-table:
+	tools/vmm-table.py docs/vmm.md tests/host/differences "firecracker-qemu=$$(ls -t $(TARGET)/nextest/*/junit.xml | head -n 1)" \
+	  "$$(cat $(TARGET)/host/version)=$(TARGET)/host/junit.xml"
 
 ## Formatting, warnings, licences and dependency policy.
 lint: setup

@@ -137,7 +137,7 @@ pub struct Host {
     shutdown: CancellationToken,
 }
 
-/// The images that `make images` prepared, and the VMM that this build made.
+/// The images that `make images` prepared, and the VMM that `FIRECRACKER_BIN` names, by default the one this build made.
 pub fn config(dir: &Path) -> Config {
     let cache =
         std::env::var("WRENN_CACHE").unwrap_or_else(|_| format!("{}/.cache/wrenn", std::env::var("HOME").unwrap()));
@@ -149,7 +149,7 @@ pub fn config(dir: &Path) -> Config {
     let program = |name: &str| test.ancestors().nth(2).unwrap().join(name);
     Config {
         dir: dir.to_owned(),
-        vmm: program("firecracker-qemu"),
+        vmm: std::env::var_os("FIRECRACKER_BIN").map_or_else(|| program("firecracker-qemu"), PathBuf::from),
         kernel: file(&manifest["kernel"]),
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"]))].into(),
         pager: (program("wrenn"), vec!["pager".into()]),

@@ -1,13 +1,18 @@
 //! The balloon: it takes memory, gives it back, and is honoured by a page-fault handler.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::host::vm::Vm;
-use crate::host::{Host, until};
+use crate::host::{Host, until_every};
 
 /// Waits until the guest has given up so much.
 pub fn wait_for(vm: &Vm, mib: u64) {
-    until("the balloon", || (vm.api.get("/balloon/statistics")["actual_mib"] == json!(mib)).then_some(()));
+    // The VMM answers on the thread that takes the pages.
+    until_every(Duration::from_millis(100), "the balloon", || {
+        (vm.api.get("/balloon/statistics")["actual_mib"] == json!(mib)).then_some(())
+    });
 }
 
 #[test]

@@ -106,6 +106,10 @@ fn the_console_can_go_to_a_file() {
     let vm = host.vm();
     vm.configure();
     let console = host.path("console");
+    if !vm.is_since(14) {
+        vm.api.refused("PUT", "/serial", json!({ "serial_out_path": console }));
+        return;
+    }
     vm.api.put("/serial", json!({ "serial_out_path": console }));
     vm.api.put("/actions", json!({ "action_type": "InstanceStart" }));
     until("the guest's line in the file", || {

@@ -57,7 +57,7 @@ fn limits_end_with_their_guest() {
 
 #[test]
 fn interfaces_are_limited_both_ways() {
-    const BYTES: usize = 6 << 20;
+    const BYTES: usize = 4 << 20;
     let host = Host::new();
     let mut vm = host.vm();
     vm.configure();
@@ -71,11 +71,11 @@ fn interfaces_are_limited_both_ways() {
         patch[direction] = bandwidth(rate);
         vm.api.patch("/network-interfaces/eth0", patch);
     };
-    limit("rx_rate_limiter", 2 << 20);
+    limit("rx_rate_limiter", 512 << 10);
     let limited_up = timed(|| guest.upload(BYTES));
     assert!(limited_up > up * 2, "to the guest: limited {limited_up:?}, free {up:?}");
     limit("rx_rate_limiter", 0);
-    limit("tx_rate_limiter", 2 << 20);
+    limit("tx_rate_limiter", 512 << 10);
     let limited_down = timed(|| guest.download(BYTES as u64));
     assert!(limited_down > down * 2, "from the guest: limited {limited_down:?}, free {down:?}");
 }

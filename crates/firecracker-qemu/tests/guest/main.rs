@@ -133,10 +133,22 @@ fn http(method: &str, path: &str, headers: &[&str]) -> std::io::Result<String> {
     }
     request.push_str("\r\n");
     stream.write_all(request.as_bytes())?;
-    let mut response = String::new();
-    BufReader::new(stream).take(1 << 20).read_to_string(&mut response)?;
-    let (head, body) = response.split_once("\r\n\r\n").unwrap_or((&response, ""));
-    let status = head.split_whitespace().nth(1).unwrap_or("0");
+    // The service may leave the connection open: the length says when all is here.
+    let mut reader = BufReader::new(stream);
+    let (mut status, mut length) = (String::new(), 0);
+    reader.read_line(&mut status)?;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 || line.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = parse(value.trim());
+        }
+    }
+    let mut body = String::new();
+    reader.take(length).read_to_string(&mut body)?;
+    let status = status.split_whitespace().nth(1).unwrap_or("0");
     Ok(format!("{status} {}", body.replace('\n', "\\n")))
 }
 

@@ -1,4 +1,4 @@
-//! The client and a real VMM: `firecracker-qemu`, or the one that `WRENN_TEST_VMM` names.
+//! The client and a real VMM: `firecracker-qemu`, or the one that `FIRECRACKER_BIN` names.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ const MEMORY_MIB: u32 = 128;
 
 fn vmm() -> PathBuf {
     let built = || std::env::current_exe().unwrap().parent().unwrap().with_file_name("firecracker-qemu");
-    let path = std::env::var_os("WRENN_TEST_VMM").map_or_else(built, PathBuf::from);
+    let path = std::env::var_os("FIRECRACKER_BIN").map_or_else(built, PathBuf::from);
     assert!(path.exists(), "{} is not there; `make test` builds it", path.display());
     path
 }

@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::DEADLINE;
 
@@ -107,7 +107,14 @@ fn read_answer(stream: &mut UnixStream) -> std::io::Result<Answer> {
         read_more(stream, &mut bytes)?;
     }
     let body = &bytes[head_end..];
-    let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(body)? };
+    let body = match body {
+        b"" => Value::Null,
+        // Firecracker's own words are not always escaped as JSON wants it, so those of a refusal are taken as they come.
+        body if status >= 400 => {
+            serde_json::from_slice(body).unwrap_or_else(|_| json!({ "fault_message": String::from_utf8_lossy(body) }))
+        }
+        body => serde_json::from_slice(body)?,
+    };
     Ok(Answer { status, body })
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::ioctl::{Opcode, Updater, opcode};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde_json::Value;
@@ -106,14 +106,17 @@ fn serve(uffd: &OwnedFd, stream: &UnixStream, regions: &Value, memory: &File, fa
     let mut waiting = Vec::new();
     loop {
         let mut ready = [PollFd::new(uffd, PollFlags::IN), PollFd::new(stream, PollFlags::IN)];
-        poll(&mut ready, None).unwrap();
+        // What was refused is tried again though no event comes: the kernel refuses until whoever removed has gone on, and
+        // that is after its event was read.
+        let soon = (!waiting.is_empty()).then_some(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+        poll(&mut ready, soon.as_ref()).unwrap();
         if !ready[1].revents().is_empty() {
             return;
         }
         let mut events = [0; 32 * 64];
         let read = match rustix::io::read(uffd, &mut events) {
             Ok(read) => read,
-            Err(rustix::io::Errno::AGAIN) => continue,
+            Err(rustix::io::Errno::AGAIN) => 0,
             Err(_) => return,
         };
         let word = |event: &[u8], at: usize| u64::from_ne_bytes(event[at..at + 8].try_into().unwrap());

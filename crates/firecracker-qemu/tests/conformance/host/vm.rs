@@ -17,7 +17,8 @@ use super::{DEADLINE, Host, until};
 /// The guest's, which the host's permanent neighbour entry knows.
 pub const MAC: &str = "02:fc:00:00:00:05";
 
-const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet i8042.nopnp pci=off \
+const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet pci=off \
+    i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp \
     ip=169.254.0.21::169.254.0.22:255.255.255.252::eth0:off";
 
 /// MiB; small, since every Full snapshot writes it.
@@ -137,14 +138,34 @@ impl Vm {
 
     /// Loads a snapshot whose memory is in a file.
     pub fn load(&self, snapshot: &Snapshot, extra: Value) {
+        let extra = self.in_its_words(extra);
         self.api.put("/snapshot/load", load_request(snapshot, "File", &snapshot.memory, &extra));
     }
 
     /// Loads a snapshot whose memory comes from a page-fault handler, which is returned.
     pub fn load_lazily(&self, host: &Host, snapshot: &Snapshot, extra: Value) -> Pager {
         let pager = Pager::start(host.path(&format!("{}.uffd", self.namespace)), &snapshot.memory);
+        let extra = self.in_its_words(extra);
         self.api.put("/snapshot/load", load_request(snapshot, "Uffd", pager.socket(), &extra));
         pager
+    }
+
+    /// Whether its version is 1.`minor` or newer.
+    pub fn is_since(&self, minor: u32) -> bool {
+        let answer = self.api.get("/version");
+        let version = answer["firecracker_version"].as_str().unwrap();
+        let numbers: Vec<u32> = version.split(['.', '-']).take(2).map(|part| part.parse().unwrap()).collect();
+        numbers >= vec![1, minor]
+    }
+
+    /// Options of a load as its version calls them.
+    pub fn in_its_words(&self, mut options: Value) -> Value {
+        if !self.is_since(13)
+            && let Some(tracked) = options.as_object_mut().unwrap().remove("track_dirty_pages")
+        {
+            options["enable_diff_snapshots"] = tracked;
+        }
+        options
     }
 
     pub fn pid(&self) -> u32 {

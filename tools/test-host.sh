@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Runs tests on a real Firecracker, in an emulated host: test-host.sh [FILTER]
+# QEMU emulates a processor with AMD's virtualisation, Debian's kernel on it has KVM, and Firecracker runs there. FILTER is
+# one of nextest's, in place of tests/host/filter. Expects `make images` and `cargo test --no-run` done; see `make test-host`.
+# Results are in TARGET/host: junit.xml, console.log, dmesg and the version of Firecracker. Ends as the suite does.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+here=$root/tests/host
+images=${WRENN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wrenn}/images
+cache=${WRENN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wrenn}/host
+target=${CARGO_TARGET_DIR:-$root/target}
+out=$target/host
+# A suite that takes longer than this hangs.
+limit=${WRENN_HOST_LIMIT:-2400}
+
+mkdir -p "$cache" "$out"
+exec 9>"$cache/.lock"; flock 9   # two emulated hosts at once would only wait for each other
+firecracker=$("$here/fetch.sh" "$cache" | tail -n 1)
+base=$("$here/root.sh" "$cache" | tail -n 1)
+work=$(mktemp -d "$out/.work.XXXXXX"); trap 'rm -rf "$work"' EXIT
+
+# Kernel and template, once for all runs with the same ones.
+kernel=$(jq -r .kernel "$images/images.json") template=$(jq -r .templates.minimal "$images/images.json")
+disk=$cache/images-$(sha256sum <"$images/images.json" | cut -c1-12).ext4
+if [ ! -e "$disk" ]; then
+  rm -f "$cache"/images-*
+  mkdir "$work/images"
+  ln "$images/images.json" "$images/$kernel" "$images/$template" "$work/images/" 2>/dev/null ||
+    cp --sparse=always "$images/images.json" "$images/$kernel" "$images/$template" "$work/images/"
+  # `wrenn up` sees by these that nothing is to be built; what is in the tar is not looked at then.
+  for sum in "$images"/*.tar.sha256; do
+    cp "$sum" "$work/images/"
+    : >"$work/images/$(basename "$sum" .sha256)"
+  done
+  truncate -s 6G "$work/images.ext4"
+  mkfs.ext4 -q -F -m 0 -E lazy_itable_init=0 -d "$work/images" "$work/images.ext4"
+  mv "$work/images.ext4" "$disk"
+fi
+
+# What is tested, at the paths where it was built, without the symbols that make it large.
+host=$work/host
+mkdir -p "$host/bin"
+printf '%s\n%s\n' "$root" "$target" >"$host/places"
+tests=(-p agent -p end-to-end -p firecracker-qemu -p vmm
+  --test it --test conformance --test cli --test lifecycle --test ports --test proxy --test pty --test recovery)
+cargo nextest list "${tests[@]}" --list-type binaries-only --message-format json >"$host/binaries-metadata.json"
+cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
+(cd "$root" && git ls-files -z | grep -zv '^tests/sdk/' | xargs -0 cp --parents -t "$(mkdir -p "$host$root"; echo "$host$root")")
+{
+  jq -r '."rust-binaries"[]."binary-path"' "$host/binaries-metadata.json"
+  printf '%s\n' "$target/debug/wrenn" "$target/debug/firecracker-qemu"
+} | while read -r program; do
+  mkdir -p "$host$(dirname "$program")"
+  strip --strip-debug -o "$host$program" "$program"
+done
+# Unchanged, as its bytes name the template.
+cp "$target/debug/envd" "$host$target/debug/"
+mkdir -p "$host$target/tmp"
+cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
+cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"
+# What differs on a real Firecracker is not asked of it, whatever else is.
+known=$(sed '/^#/d; s/ .*//; s/.*/test(=&)/' "$here/differences" | paste -sd'|')
+chosen=${1:-$(sed '/^#/d; s/.*/(&)/' "$here/filter" | paste -sd'|')}
+echo "($chosen) - ($known)" >"$host/filter"
+cp "$here/main.sh" "$host/"
+truncate -s 2G "$work/host.ext4"
+mkfs.ext4 -q -F -m 0 -E lazy_itable_init=0 -O ^has_journal -d "$host" "$work/host.ext4"
+rm -rf "$host"
+
+truncate -s 24G "$work/scratch"
+truncate -s 64M "$work/results"
+disk() { echo "-drive if=none,format=raw,cache=unsafe,discard=unmap,id=$1,file=$2,snapshot=$3 -device virtio-blk-pci,drive=$1"; }
+# EPYC-v3 has what KVM and Firecracker ask of a processor; of the rest, which is not emulated, QEMU would warn.
+# shellcheck disable=SC2046 # words are what is wanted
+timeout "$limit" nice -n 5 qemu-system-x86_64 -machine q35 -accel tcg,thread=multi,tb-size=512 -cpu EPYC-v3 -smp 2 -m 4096 \
+  -nodefaults -no-user-config -display none -no-reboot -serial stdio \
+  -kernel "$cache/linux/vmlinuz" -initrd "$base.cpio" -append "console=ttyS0 quiet mitigations=off tsc=reliable panic=-1" \
+  $(disk root "$base.ext4" on) $(disk host "$work/host.ext4" on) $(disk images "$disk" on) \
+  $(disk scratch "$work/scratch" off) $(disk results "$work/results" off) \
+  -device virtio-rng-pci 2>"$out/qemu.log" </dev/null | tee "$out/console.log" || true
+
+rm -f "$out"/{status,junit.xml,dmesg,version}
+tar -C "$out" -xf "$work/results" 2>/dev/null || true
+[ -e "$out/status" ] || { echo "the emulated host ended without results; see $out" >&2; exit 1; }
+status=$(cat "$out/status")
+exit "$status"
