@@ -110,7 +110,7 @@ fn main() -> Result<()> {
 }
 
 fn open(instance: &str, ready: usize) -> Result<Network> {
-    Ok(Network::open(&Config { instance: instance.to_owned(), ready })?)
+    Ok(Network::open(&Config { instance: instance.to_owned(), ready, allow: Vec::new(), deny: Vec::new() })?)
 }
 
 /// A machine with an uplink.
