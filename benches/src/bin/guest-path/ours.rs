@@ -133,7 +133,10 @@ impl Ours {
         Ok(vec![time])
     }
 
+    /// To a new name, as the peer. An old file would make it another comparison: ours stays until the new one is whole, the peer
+    /// writes over it.
     pub async fn upload(&self, large: &Path) -> Result<Vec<Duration>> {
+        let _ = std::fs::remove_file(self.dir.join("large"));
         let before = Instant::now();
         let pieces = ReaderStream::with_capacity(File::open(large).await?, PIECE);
         self.post(&self.dir.join("large"), Body::wrap_stream(pieces)).await?;

@@ -109,6 +109,7 @@ impl Ssh {
     }
 
     pub fn upload(&self, large: &Path) -> Result<Vec<Duration>> {
+        let _ = std::fs::remove_file(self.dir.join("large"));
         let target = format!("bench:{}", self.dir.join("large").display());
         Ok(vec![timed(self.copy().arg(large).arg(target))?])
     }
