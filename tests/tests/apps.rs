@@ -27,17 +27,22 @@ impl Capsule {
         let id = capsule["id"].as_str().unwrap().to_owned();
         let copied = up.wrenn().args(["capsule", "cp", &tar, &format!("{id}:/opt/apps.tar")]).status().unwrap();
         assert!(copied.success());
-        up.output(&id, "mkdir -p /opt/apps && tar -C /opt/apps -xf /opt/apps.tar && rm /opt/apps.tar").await;
-        Self { up, id }
+        let capsule = Self { up, id };
+        capsule.run("mkdir -p /opt/apps && tar -C /opt/apps -xf /opt/apps.tar && rm /opt/apps.tar").await;
+        capsule
+    }
+
+    /// Runs what takes longer than a command may by default.
+    async fn run(&self, command: &str) {
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", command], "timeout_sec": 600});
+        let (status, answer) = self.up.call(Method::POST, &format!("/v1/capsules/{}/exec", self.id), Some(body)).await;
+        assert!(status == 200 && answer["exit_code"] == 0, "{command}: {answer}");
     }
 
     /// Starts a program in the background, and waits until its port answers.
     async fn serve(&self, port: u16, command: &str) {
         self.up.output(&self.id, &format!("setsid sh -c '{command}' >/tmp/log 2>&1 </dev/null &")).await;
-        let wait = format!(
-            "for i in $(seq 600); do curl -s -o /dev/null http://localhost:{port}/ && exit 0; sleep 0.2; done; cat /tmp/log; exit 1"
-        );
-        self.up.output(&self.id, &wait).await;
+        self.run(&format!("until curl -s -o /dev/null http://localhost:{port}/; do sleep 0.2; done")).await;
     }
 
     fn url(&self, port: u16, path: &str) -> String {
