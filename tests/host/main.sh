@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # What the emulated host does, as its first program's only task: bash main.sh, with tools/test-host.sh's disk at /host.
 # Sets the machine up, runs the suite, writes what came of it to the last disk and turns the power off.
 set -u
