@@ -10,11 +10,12 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use api::egress::Policy;
 use rustix::thread::LinkNameSpaceType;
-use tokio::net::{TcpListener, UdpSocket};
-use tokio::sync::watch;
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::Resolver;
@@ -24,6 +25,9 @@ use crate::answers::Answers;
 pub const TCP_PORT: u16 = 15001;
 /// Where questions are sent to, by datagrams and by connections.
 pub const DNS_PORT: u16 = 15053;
+
+/// After the kernel would not hand out what came, for want of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a filter does not run.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +102,26 @@ impl Drop for Filter {
             // One that panicked has said so, and is gone.
             let _ = thread.join();
         }
+    }
+}
+
+/// Serves what connects, at most so many at the same time, for as long as it is polled.
+async fn accept<F>(listener: TcpListener, at_once: usize, serve: impl Fn(TcpStream) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let room = Arc::new(Semaphore::new(at_once));
+    loop {
+        let permit = room.clone().acquire_owned().await;
+        let Ok((guest, _)) = listener.accept().await else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
+        let served = serve(guest);
+        tokio::spawn(async move {
+            let _permit = permit;
+            served.await;
+        });
     }
 }
 

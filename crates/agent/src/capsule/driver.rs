@@ -435,6 +435,10 @@ impl Driver {
     /// Has the capsule reach that outside: now if it runs, when it runs again otherwise.
     async fn set_egress(&mut self, policy: Policy) -> Result<(), Refused> {
         let before = self.journal.record().egress.clone();
+        // Every resume says it, and few change it.
+        if before == policy && self.journal.record().slot.is_none() {
+            return Ok(());
+        }
         // Recorded first: were it the other way round, an agent that dies in between would be followed by one that lifts what
         // somebody was told is forbidden.
         let record = |error| Refused::Egress(egress::Error::Record(error));

@@ -164,12 +164,13 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// Where it is kept what those who begin here need first: `dir` is the capsule's. A fork's point is begun from once.
+    /// Where it is kept what those who begin here need first: `dir` is the capsule's. A fork's point is begun from once. A boot
+    /// snapshot is begun from by strangers, and none may decide what the next one's start fetches.
     fn working_set(self, dir: &Path) -> Option<PathBuf> {
         match self {
-            Self::Image => None,
+            Self::Image | Self::Boot(_) => None,
             Self::Pause => Some(dir.join(files::WORKING_SET)),
-            Self::Boot(point) | Self::Point(point) => (!point.is_doomed()).then(|| point.dir.join(files::WORKING_SET)),
+            Self::Point(point) => (!point.is_doomed()).then(|| point.dir.join(files::WORKING_SET)),
         }
     }
 }

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 
-use super::Shared;
+use super::{Shared, accept};
 use crate::head::{self, Refused};
 
 /// Connections of one capsule at the same time; more of them wait.
@@ -20,8 +19,6 @@ const HEAD: Duration = Duration::from_secs(10);
 const DIAL: Duration = Duration::from_secs(10);
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 << 10;
-/// Before another try where accepting failed: descriptors may be short.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a connection goes nowhere.
 #[derive(Debug, thiserror::Error)]
@@ -46,21 +43,15 @@ enum Error {
 
 /// Serves connections for as long as it is polled.
 pub(super) async fn serve(listener: TcpListener, shared: &Arc<Shared>) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let permit = room.clone().acquire_owned().await;
-        let Ok((guest, _)) = listener.accept().await else {
-            tokio::time::sleep(PAUSE).await;
-            continue;
-        };
+    let serve = |guest| {
         let shared = shared.clone();
-        tokio::spawn(async move {
-            let _permit = permit;
+        async move {
             if let Err(error) = join(guest, &shared).await {
                 tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not let out");
             }
-        });
-    }
+        }
+    };
+    accept(listener, CONNECTIONS, serve).await;
 }
 
 /// Joins a guest's connection with the server that it is for, until both have ended or the name is not allowed any more.

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 
-use super::Shared;
+use super::{PAUSE, Shared, accept};
 use crate::dns::{self, Verdict};
 
 /// Questions of one capsule that may be under way; a datagram more is dropped, and asked again by its guest.
@@ -18,8 +18,6 @@ const STREAMS: usize = 16;
 const IDLE: Duration = Duration::from_secs(10);
 /// Bytes of a question. Names end at 255.
 const BYTES: usize = 1024;
-/// Before another try where a socket failed.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// Answers datagrams for as long as it is polled.
 pub(super) async fn datagrams(socket: UdpSocket, shared: &Arc<Shared>) {
@@ -44,20 +42,12 @@ pub(super) async fn datagrams(socket: UdpSocket, shared: &Arc<Shared>) {
 
 /// Answers questions over connections for as long as it is polled.
 pub(super) async fn streams(listener: TcpListener, shared: &Arc<Shared>) {
-    let room = Arc::new(Semaphore::new(STREAMS));
-    loop {
-        let permit = room.clone().acquire_owned().await;
-        let Ok((guest, _)) = listener.accept().await else {
-            tokio::time::sleep(PAUSE).await;
-            continue;
-        };
+    let serve = |guest| {
         let shared = shared.clone();
-        tokio::spawn(async move {
-            let _permit = permit;
-            // It ends when the guest ends it, says nothing for a while, or what is no question.
-            let _ = stream(guest, &shared).await;
-        });
-    }
+        // It ends when the guest ends it, says nothing for a while, or what is no question.
+        async move { drop(stream(guest, &shared).await) }
+    };
+    accept(listener, STREAMS, serve).await;
 }
 
 async fn stream(mut guest: TcpStream, shared: &Shared) -> std::io::Result<()> {
