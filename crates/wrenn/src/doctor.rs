@@ -5,6 +5,7 @@
 
 mod audit;
 mod kernel;
+mod objects;
 mod programs;
 mod storage;
 
@@ -30,6 +31,9 @@ pub struct Doctor {
     /// Look at what is stored in the data directory instead, also while it is in use. Nothing is changed.
     #[arg(long)]
     storage: bool,
+    /// With --storage: look at this object store too.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
+    objects: Option<::objects::Config>,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -88,7 +92,7 @@ impl Doctor {
         let progress = Progress::new(self.json);
         progress.show("looking");
         if self.storage {
-            return audit::run(&self.dir, self.json, progress).await;
+            return audit::run(&self.dir, self.objects.as_ref(), self.json, progress).await;
         }
         let report = self.examine().await?;
         drop(progress);
