@@ -87,6 +87,7 @@ pub enum Answer {
 #[derive(Clone)]
 pub struct Upstream {
     target: Arc<Target>,
+    dial: Dial,
     client: Client<Dial, BoxBody>,
 }
 
@@ -103,13 +104,19 @@ impl Upstream {
 
     fn keeping(target: Target, idle: Duration) -> Self {
         let target = Arc::new(target);
+        let dial = Dial::new(target.clone());
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(idle)
             .pool_timer(TokioTimer::new())
             .http1_max_headers(HEADERS)
             .http1_max_buf_size(BUFFER)
-            .build(Dial(target.clone()));
-        Self { target, client }
+            .build(dial.clone());
+        Self { target, dial, client }
+    }
+
+    /// Uses a connection to this destination that stands already, in place of the next dial.
+    pub fn begin_with(&self, stream: tokio::net::TcpStream) {
+        self.dial.begin_with(stream);
     }
 
     /// Sends the request to this destination under the path and query of `request` as it stands, and hands back the

@@ -24,7 +24,7 @@ use super::{Command, Handle, Observed, Refused, Traffic, files, save};
 use crate::boot::Boots;
 use crate::egress;
 use crate::guest::Guest;
-use crate::host::{Host, Sizes, collect};
+use crate::host::{Host, collect};
 use crate::point::Point;
 
 /// Commands that wait while the driver is busy; a sender past that waits too.
@@ -156,7 +156,7 @@ impl Driver {
     async fn begin_as_image(&mut self) -> Result<Running, start::Error> {
         let spec = &self.journal.record().spec;
         let (id, name) = (spec.id, spec.image.clone());
-        let sizes = Sizes { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib };
+        let sizes = spec.sizes();
         let image = self.host.images.get(&name);
         if let Some(point) = image.and_then(|image| self.host.boots.get(image, sizes)) {
             let origin = Origin::Boot(&point);

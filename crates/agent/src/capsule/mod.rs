@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::egress;
 use crate::guest::Guest;
+use crate::host::Sizes;
 use record::Record;
 pub use traffic::{Cut, Open, Traffic};
 
@@ -62,6 +63,13 @@ pub struct Spec {
     pub default_env: BTreeMap<String, String>,
     /// What the guest learns of its template.
     pub template_id: String,
+}
+
+impl Spec {
+    /// What of it a boot depends on.
+    pub fn sizes(&self) -> Sizes {
+        Sizes { vcpus: self.vcpus, memory_mib: self.memory_mib, disk_mib: self.disk_mib }
+    }
 }
 
 /// What is true of a capsule now. Published by its driver alone.
