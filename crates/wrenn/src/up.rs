@@ -133,10 +133,11 @@ impl Up {
     }
 }
 
-/// The data directory, made if need be, readable by root alone, in its one true spelling.
+/// The data directory, made if need be, for this user alone, in its one true spelling.
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
-    if !rustix::process::geteuid().is_root() {
-        bail!("this needs root: it makes network namespaces, mounts and control groups");
+    let missing = crate::doctor::NEEDED.difference(rustix::thread::capabilities(None)?.effective);
+    if !missing.is_empty() {
+        bail!("this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks");
     }
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
     fs::set_permissions(dir, Permissions::from_mode(0o700))?;
