@@ -68,7 +68,13 @@ pub struct Config {
     pub egress_deny: Vec<Cidr>,
     /// How many network slots are kept ready; see [`SLOTS_READY`].
     pub slots_ready: usize,
+    /// The user that the VMM in slot N runs as has the number `vmm_users` + N; see [`VMM_USERS`].
+    pub vmm_users: u32,
 }
+
+/// Where the users of VMMs begin: above those of people and services, and below those that are handed out for containers by
+/// the million.
+pub const VMM_USERS: u32 = 900_000;
 
 /// How many network slots an agent keeps ready. A slot is made in some milliseconds, so that is what may be started within
 /// as much and wait for none; each takes a few hundred KiB of the kernel's memory.
@@ -168,6 +174,7 @@ impl Host {
             allow: config.egress_allow.iter().map(|cidr| cidr.range()).collect(),
             deny: config.egress_deny.iter().map(|cidr| cidr.range()).collect(),
             ready: config.slots_ready,
+            users: config.vmm_users,
         })
         .map_err(Error::Network)?;
         let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
@@ -247,6 +254,11 @@ impl Host {
     pub fn create_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let network = self.network.clone();
         blocking(move || network.create(slot))
+    }
+
+    /// The user that the VMM in a slot runs as.
+    pub fn user(&self, slot: Slot) -> u32 {
+        self.network.user(slot)
     }
 
     /// Has the kernel see that a VMM has attached to the slot, so that its guest is reached at once.

@@ -34,7 +34,7 @@ use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal, remote};
 use host::Host;
-pub use host::{Config, SLOTS_READY, Sizes};
+pub use host::{Config, SLOTS_READY, Sizes, VMM_USERS};
 use templates::Templates;
 
 /// How long the agent remembers a capsule that has ended, for callers that ask what became of it.

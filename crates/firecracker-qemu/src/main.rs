@@ -2,7 +2,8 @@
 //!
 //! Owns the contract of Firecracker 1.16.1 as a client sees it (requests, phases, faults, files, exit codes) and the
 //! QEMU process behind it. Refuses what cannot be done here instead of pretending: vsock, huge pages, PCI hotplug,
-//! memory hotplug. It makes no namespace, tap, cgroup or chroot: whoever starts it has done that.
+//! memory hotplug. It makes no namespace, tap, cgroup or chroot: whoever starts it has done that. In a jail, without
+//! privileges, it cannot limit the rate of an interface either, nor put the metadata address on its tap: that is there already.
 //!
 //! Where it differs from Firecracker, by nature: `acpi=off` has no VM generation id, so a restored guest learns from
 //! its agent that it is a copy; the guest's clock continues from the snapshot; snapshot files are QEMU's, in our own

@@ -61,9 +61,13 @@ pub enum Limit {
     Packets { per_second: u64, burst: u32 },
 }
 
-/// Puts `address` on the tap, as a host address. That it is there already is no error.
-pub fn add_address(device: &str, address: Ipv4Addr) -> Result<(), Error> {
-    address_request(RTM_NEWADDR, CREATE | REPLACE, "an address", device, address)
+/// Puts `address` on the tap, as a host address. That it is there already is no error. `false` for who may not: then it is
+/// there if whoever made the tap has put it there.
+pub fn add_address(device: &str, address: Ipv4Addr) -> Result<bool, Error> {
+    match address_request(RTM_NEWADDR, CREATE | REPLACE, "an address", device, address) {
+        Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+        added => added.map(|()| true),
+    }
 }
 
 /// Takes `address` off the tap.

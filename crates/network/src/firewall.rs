@@ -293,8 +293,8 @@ fn add_chains(batch: &mut Batch<'_>) {
 
 /// The only tables inside a namespace, sent through a socket of it: the guest appears as the namespace's end of the veth
 /// pair, and what is sent to the slot's host address goes to the guest. The limits are those of the host's table, for what
-/// the namespace itself tracks.
-pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
+/// the namespace itself tracks. `user` is whose VMM is in it.
+pub(crate) fn fill_netns(slot: Slot, user: u32, socket: &Socket) -> Result<(), Error> {
     use Expr::*;
 
     let mut batch = Batch::new(libc::NFPROTO_IPV4, "wrenn");
@@ -311,5 +311,5 @@ pub(crate) fn fill_netns(slot: Slot, socket: &Socket) -> Result<(), Error> {
     batch.add_chain("prerouting", &hook);
     batch.add_rule("prerouting", &[Iifname(UPLINK_IN_NETNS), Daddr(slot.host_ip()), Dnat(GUEST_ADDRESS)]);
     socket.transact(batch.finish())?;
-    guard::set(socket)
+    guard::set(user, socket)
 }

@@ -8,14 +8,14 @@
 use crate::netlink::{Error, Socket};
 use crate::nft::{Batch, Expr, Hook};
 use crate::policy::{HTTP, METADATA};
-use crate::slot::{GUEST_ADDRESS, GUEST_MAC, TAP, TAP_ADDRESS};
+use crate::slot::{GUEST_ADDRESS, GUEST_MAC, TAP, TAP_ADDRESS, UPLINK_IN_NETNS};
 
 const TABLE: &str = "guard";
 
-/// Puts the guard into the namespace of `socket`, which has none.
-pub(crate) fn set(socket: &Socket) -> Result<(), Error> {
+/// Puts the guard into the namespace of `socket`, which has none. `user` is whose VMM is in it.
+pub(crate) fn set(user: u32, socket: &Socket) -> Result<(), Error> {
     socket.transact(frames().finish())?;
-    socket.transact(packets().finish())
+    socket.transact(packets(user).finish())
 }
 
 /// On the tap, before anything else sees a frame.
@@ -55,8 +55,8 @@ fn frames() -> Batch<'static> {
     batch
 }
 
-/// To the namespace itself.
-fn packets() -> Batch<'static> {
+/// To the namespace itself, and from it.
+fn packets(user: u32) -> Batch<'static> {
     use Expr::*;
 
     let mut batch = Batch::new(libc::NFPROTO_IPV4, TABLE);
@@ -69,5 +69,9 @@ fn packets() -> Batch<'static> {
     batch.add_rule("input", &[Iifname(TAP), Daddr(METADATA), Protocol(libc::IPPROTO_TCP), Port(HTTP), Accept]);
     batch.add_rule("input", &[Iifname(TAP), Daddr(TAP_ADDRESS), Protocol(libc::IPPROTO_ICMP), Accept]);
     batch.add_rule("input", &[Iifname(TAP), Drop]);
+    // A VMM that its guest has taken over has sockets here. They lead to the guest and nowhere else.
+    let hook = Hook { kind: "filter", number: libc::NF_INET_LOCAL_OUT, priority: libc::NF_IP_PRI_FILTER };
+    batch.add_chain("output", &hook);
+    batch.add_rule("output", &[Oifname(UPLINK_IN_NETNS), Sender(user), Drop]);
     batch
 }

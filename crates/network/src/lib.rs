@@ -53,6 +53,7 @@ use std::thread::{self, JoinHandle};
 
 use claims::Claims;
 use firewall::Firewall;
+use namespace::Fittings;
 pub use policy::Policy;
 use pool::Pool;
 pub use ranges::Range;
@@ -148,6 +149,8 @@ pub struct Config {
     /// How many slots are made ahead, from the first [`Network::sweep`] on, so that taking one costs nothing. With 0, slots are made when they are asked for and
     /// removed when they are given back.
     pub ready: usize,
+    /// The user that attaches to the tap of slot N, and may use the network by that alone, has the number `users` + N.
+    pub users: u32,
 }
 
 /// The slots of one instance. One per agent process.
@@ -176,7 +179,8 @@ impl Network {
         let slots = claims.all().map_err(Error::Claim)?;
         firewall.open(&slots, &uplinks).map_err(|error| Error::Table(error.into()))?;
         tracing::info!(instance, ?uplinks, mtu, slots = slots.len(), "network is ready");
-        let pool = Arc::new(Pool::new(Slots::new(claims, firewall, mtu), config.ready));
+        let pool =
+            Arc::new(Pool::new(Slots::new(claims, firewall, Fittings { mtu, users: config.users }), config.ready));
         let work = || {
             let pool = pool.clone();
             thread::Builder::new().name("wrenn-slots".into()).spawn(move || pool.work()).map_err(Error::Worker)
@@ -240,9 +244,14 @@ impl Network {
         self.pool.slots.firewall.traffic().map_err(|error| Error::Traffic(error.into()))
     }
 
+    /// The user whose VMM may attach to the tap of a slot: of no other slot of this machine, if all its agents are told the same.
+    pub fn user(&self, slot: Slot) -> u32 {
+        self.pool.slots.fittings.user(slot)
+    }
+
     /// What fits into one packet on the way out: the MTU of every slot's links.
     pub fn mtu(&self) -> u32 {
-        self.pool.slots.mtu
+        self.pool.slots.fittings.mtu
     }
 
     /// Removes the slots of the pool, and this instance's table unless slots are left that need it.

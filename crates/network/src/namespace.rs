@@ -15,6 +15,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
+use crate::policy::{HTTP, METADATA};
 use crate::route::{self, VethEnd};
 use crate::slot::{
     GUEST_ADDRESS, GUEST_MAC, NETNS_DIR, Slot, TAP, TAP_ADDRESS, TAP_INDEX, TAP_MAC, TAP_PREFIX, UPLINK_IN_NETNS,
@@ -25,9 +26,12 @@ use crate::{conntrack, firewall};
 
 const TUNSETIFF: ioctl::Opcode = 0x4004_54CA;
 const TUNSETPERSIST: ioctl::Opcode = 0x4004_54CB;
+const TUNSETOWNER: ioctl::Opcode = 0x4004_54CC;
 const TUNSETIFINDEX: ioctl::Opcode = 0x4004_54DA;
 /// Every namespace's first link.
 const LOOPBACK_INDEX: u32 = 1;
+/// Prefix length of an address that has no network.
+const ALONE: u8 = 32;
 /// Packets that may wait for the VMM.
 const TAP_QUEUE: u32 = 5000;
 
@@ -45,14 +49,30 @@ pub(crate) fn prepare() -> io::Result<()> {
     }
 }
 
+/// What every namespace of an agent is made with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fittings {
+    /// What fits through the uplinks, and so through every link of a slot.
+    pub(crate) mtu: u32,
+    /// See [`crate::Config::users`].
+    pub(crate) users: u32,
+}
+
+impl Fittings {
+    /// Who attaches to the tap of a slot.
+    pub(crate) fn user(&self, slot: Slot) -> u32 {
+        self.users + u32::from(slot.get())
+    }
+}
+
 /// Makes the namespace of `slot` with everything in it. The host's end of its veth pair is left down.
-pub(crate) fn create(slot: Slot, mtu: u32, steps: &Steps) -> Result<(), Failed> {
-    on_own_thread(slot, || build(slot, mtu, steps))
+pub(crate) fn create(slot: Slot, fittings: Fittings, steps: &Steps) -> Result<(), Failed> {
+    on_own_thread(slot, || build(slot, fittings, steps))
 }
 
 /// Makes the namespace of `slot`, which somebody had, as good as new. Refuses one that has more in it than `new`.
-pub(crate) fn clean(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Failed> {
-    on_own_thread(slot, || rebuild(slot, mtu, new, steps))
+pub(crate) fn clean(slot: Slot, fittings: Fittings, new: &Census, steps: &Steps) -> Result<(), Failed> {
+    on_own_thread(slot, || rebuild(slot, fittings, new, steps))
 }
 
 /// Has the kernel see now whether anybody is attached to the tap: it is told the state of a link only after it was looked at.
@@ -66,7 +86,7 @@ pub(crate) fn look_at_tap(slot: Slot) -> Result<(), Failed> {
 
 /// What is in a new namespace. How much the kernel puts there depends on how it was built, so one is made and looked at; it
 /// is of no use to anybody, and gone when this returns.
-pub(crate) fn census_of_new(mtu: u32) -> Result<Census, Failed> {
+pub(crate) fn census_of_new(fittings: Fittings) -> Result<Census, Failed> {
     let slot = Slot::MIN;
     on_own_thread(slot, || {
         let unshare = || {
@@ -76,7 +96,7 @@ pub(crate) fn census_of_new(mtu: u32) -> Result<Census, Failed> {
         };
         let host = unshare().map_err(Step::Census.failed())?;
         let _namespace = unshare().map_err(Step::Census.failed())?;
-        furnish(slot, mtu, host.as_fd(), &Steps::default())?;
+        furnish(slot, fittings, host.as_fd(), &Steps::default())?;
         census(&Socket::open(ROUTE).map_err(Step::Census.failed())?).map_err(Step::Census.failed())
     })
 }
@@ -89,42 +109,44 @@ fn on_own_thread<T: Send>(slot: Slot, work: impl FnOnce() -> Result<T, Failed> +
     })
 }
 
-fn build(slot: Slot, mtu: u32, steps: &Steps) -> Result<(), Failed> {
+fn build(slot: Slot, fittings: Fittings, steps: &Steps) -> Result<(), Failed> {
     let host = File::open("/proc/thread-self/ns/net").map_err(Step::Namespace.failed())?;
     enter_new(slot).map_err(Step::Namespace.failed())?;
     steps.done(Step::Namespace)?;
 
-    furnish(slot, mtu, host.as_fd(), steps)
+    furnish(slot, fittings, host.as_fd(), steps)
 }
 
 /// Fills this thread's new namespace; the other end of its veth pair goes to `host`.
-fn furnish(slot: Slot, mtu: u32, host: BorrowedFd<'_>, steps: &Steps) -> Result<(), Failed> {
+fn furnish(slot: Slot, fittings: Fittings, host: BorrowedFd<'_>, steps: &Steps) -> Result<(), Failed> {
+    let user = fittings.user(slot);
     configure().map_err(Step::Sysctl.failed())?;
     steps.done(Step::Sysctl)?;
 
-    add_tap().map_err(Step::Tap.failed())?;
+    add_tap(user).map_err(Step::Tap.failed())?;
     steps.done(Step::Tap)?;
 
     let socket = Socket::open(ROUTE).map_err(Step::Links.failed())?;
     let mut requests = Requests::default();
     let here = VethEnd { name: UPLINK_IN_NETNS, mac: slot.veth_netns_mac() };
     let there = VethEnd { name: &slot.veth(), mac: slot.veth_host_mac() };
-    requests.add_veth(&here, UPLINK_INDEX, &there, host, mtu);
+    requests.add_veth(&here, UPLINK_INDEX, &there, host, fittings.mtu);
     requests.add_address(UPLINK_INDEX, slot.veth_netns_ip(), VETH_PREFIX);
     // Known beforehand, so that the kernel's table of what it has asked for does not fill with slots, and nobody is asked.
     requests.add_neighbour(UPLINK_INDEX, slot.veth_host_ip(), slot.veth_host_mac());
     requests.add_route(None, slot.veth_host_ip(), UPLINK_INDEX);
     requests.set_up(LOOPBACK_INDEX, Vec::new());
-    add_tap_s_address(&mut requests, mtu);
+    add_tap_s_addresses(&mut requests, fittings.mtu);
     socket.transact(requests).map_err(Step::Links.failed())?;
     steps.done(Step::Links)?;
 
     let socket = Socket::open(NETFILTER).map_err(Step::Rules.failed())?;
-    firewall::fill_netns(slot, &socket).map_err(Step::Rules.failed())?;
+    firewall::fill_netns(slot, user, &socket).map_err(Step::Rules.failed())?;
     steps.done(Step::Rules)
 }
 
-fn rebuild(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Failed> {
+fn rebuild(slot: Slot, fittings: Fittings, new: &Census, steps: &Steps) -> Result<(), Failed> {
+    let user = fittings.user(slot);
     enter(slot).map_err(Step::Namespace.failed())?;
     steps.done(Step::Namespace)?;
 
@@ -136,16 +158,16 @@ fn rebuild(slot: Slot, mtu: u32, new: &Census, steps: &Steps) -> Result<(), Fail
     let mut requests = Requests::default();
     requests.delete_link(TAP);
     socket.transact(requests).map_err(Step::Tap.failed())?;
-    add_tap().map_err(Step::Tap.failed())?;
+    add_tap(user).map_err(Step::Tap.failed())?;
     steps.done(Step::Tap)?;
 
     let mut requests = Requests::default();
-    add_tap_s_address(&mut requests, mtu);
+    add_tap_s_addresses(&mut requests, fittings.mtu);
     socket.transact(requests).map_err(Step::Links.failed())?;
     steps.done(Step::Links)?;
 
     let netfilter = Socket::open(NETFILTER).map_err(Step::Rules.failed())?;
-    firewall::fill_netns(slot, &netfilter).map_err(Step::Rules.failed())?;
+    firewall::fill_netns(slot, user, &netfilter).map_err(Step::Rules.failed())?;
     // After the tap is gone, by which new ones came.
     conntrack::forget_all(&netfilter).map_err(Step::Rules.failed())?;
     steps.done(Step::Rules)?;
@@ -219,6 +241,8 @@ fn enter_new(slot: Slot) -> io::Result<()> {
 /// Before there are links, so that they begin with these settings.
 fn configure() -> io::Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    // A VMM that serves metadata by a socket does so without privileges.
+    fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", HTTP.to_string())?;
     disable_ipv6("all")
 }
 
@@ -231,8 +255,8 @@ pub(crate) fn disable_ipv6(link: &str) -> io::Result<()> {
     }
 }
 
-/// Makes the tap, which stays when our descriptor is closed; the VMM attaches to it by name.
-fn add_tap() -> io::Result<()> {
+/// Makes the tap, which stays when our descriptor is closed; the VMM attaches to it by name, as `user` and without privileges.
+fn add_tap(user: u32) -> io::Result<()> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],
@@ -249,11 +273,15 @@ fn add_tap() -> io::Result<()> {
     unsafe { ioctl::ioctl(&tun, Updater::<TUNSETIFF, libc::ifreq>::new(&mut request)) }?;
     // SAFETY: TUNSETPERSIST takes a plain integer, zero or not.
     unsafe { ioctl::ioctl(&tun, IntegerSetter::<TUNSETPERSIST>::new_usize(1)) }?;
+    // SAFETY: TUNSETOWNER takes a plain integer, a user id.
+    unsafe { ioctl::ioctl(&tun, IntegerSetter::<TUNSETOWNER>::new_usize(user as usize)) }?;
     Ok(())
 }
 
-fn add_tap_s_address(requests: &mut Requests, mtu: u32) {
+fn add_tap_s_addresses(requests: &mut Requests, mtu: u32) {
     requests.add_address(TAP_INDEX, TAP_ADDRESS, TAP_PREFIX);
+    // Firecracker answers for it before a packet comes here; other VMMs listen on it.
+    requests.add_address(TAP_INDEX, METADATA, ALONE);
     let queue = LinkAttribute::TxQueueLen(TAP_QUEUE);
     requests.set_up(TAP_INDEX, vec![queue, LinkAttribute::Address(TAP_MAC.to_vec()), LinkAttribute::Mtu(mtu)]);
     requests.add_neighbour(TAP_INDEX, GUEST_ADDRESS, GUEST_MAC);

@@ -8,7 +8,7 @@ use rustix::net::netdevice::name_to_index;
 
 use crate::claims::Claims;
 use crate::firewall::Firewall;
-use crate::namespace::Census;
+use crate::namespace::{Census, Fittings};
 use crate::netlink::{ROUTE, Requests, Socket};
 use crate::slot::{Slot, VETH_PREFIX};
 use crate::step::{Failed, Step, Steps};
@@ -18,8 +18,7 @@ use crate::{Error, Leftovers, conntrack, namespace, sockets};
 pub(crate) struct Slots {
     pub(crate) claims: Claims,
     pub(crate) firewall: Firewall,
-    /// What fits through the uplinks, and so through every link of a slot.
-    pub(crate) mtu: u32,
+    pub(crate) fittings: Fittings,
     pub(crate) steps: Steps,
     /// Held while a slot is made. The kernel changes links one at a time anyway, and who waits for its turn inside a
     /// sysctl does so by trying again and again: eight at once take twice as long as eight in a row.
@@ -29,8 +28,8 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    pub(crate) fn new(claims: Claims, firewall: Firewall, mtu: u32) -> Self {
-        Self { claims, firewall, mtu, steps: Steps::default(), turn: Mutex::default(), new: OnceLock::new() }
+    pub(crate) fn new(claims: Claims, firewall: Firewall, fittings: Fittings) -> Self {
+        Self { claims, firewall, fittings, steps: Steps::default(), turn: Mutex::default(), new: OnceLock::new() }
     }
 
     /// Makes everything of a claimed slot, or nothing.
@@ -50,7 +49,7 @@ impl Slots {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.firewall.add(slot).map_err(Step::Firewall.failed())?;
         self.steps.done(Step::Firewall)?;
-        namespace::create(slot, self.mtu, &self.steps)?;
+        namespace::create(slot, self.fittings, &self.steps)?;
         connect_host_end(slot).map_err(Step::HostEnd.failed())?;
         self.steps.done(Step::HostEnd)
     }
@@ -63,11 +62,11 @@ impl Slots {
         let new = match self.new.get() {
             Some(new) => new,
             None => {
-                let new = namespace::census_of_new(self.mtu)?;
+                let new = namespace::census_of_new(self.fittings)?;
                 self.new.get_or_init(|| new)
             }
         };
-        namespace::clean(slot, self.mtu, new, &self.steps)?;
+        namespace::clean(slot, self.fittings, new, &self.steps)?;
         self.forget_connections(slot).map_err(Step::Connections.failed())?;
         self.steps.done(Step::Connections)?;
         shape_anew(slot).map_err(Step::HostEnd.failed())?;

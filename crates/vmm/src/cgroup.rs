@@ -8,11 +8,14 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep};
+
+use crate::jail::Size;
 
 /// How long a killed group may take to become empty, and an empty group to be removable.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -44,15 +47,48 @@ pub enum Error {
     },
 }
 
+/// The controllers that limit something here.
+pub const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
+
+/// Memory beyond what is the guest's, in MiB: the VMM, its pager, and what the kernel has for both.
+const OVERHEAD_MIB: u64 = 512;
+/// Processors beyond the guest's, for its disk and network, its VMM and its pager.
+const OVERHEAD_CPUS: u64 = 1;
+/// Threads of a pager.
+const PAGER_TASKS: u64 = 64;
+/// What a capsule may have read, and written, in a second: bytes and requests.
+const IO_BYTES: u64 = 1 << 30;
+const IO_REQUESTS: u64 = 100_000;
+
 /// What a capsule's processes may use together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of memory, the guest's and the VMM's own together.
-    pub memory_bytes: u64,
+    memory_bytes: u64,
+    /// Processors.
+    cpus: u64,
     /// Share of the processors under contention, 1 to 10000; 100 is what an unlimited group has.
-    pub cpu_weight: u32,
+    cpu_weight: u64,
     /// Processes and threads.
-    pub pids: u32,
+    pids: u64,
+    /// The device that its disk is on, by numbers.
+    device: Option<(u32, u32)>,
+}
+
+impl Limits {
+    /// Those of a capsule of that size, whose disk is in `dir`.
+    pub fn of(size: &Size, dir: &Path) -> Self {
+        // A dump of the guest's memory takes as much once more.
+        let memory_mib = 2 * u64::from(size.memory_mib) + OVERHEAD_MIB;
+        let vcpus = u64::from(size.vcpus);
+        Self {
+            memory_bytes: memory_mib << 20,
+            cpus: vcpus + OVERHEAD_CPUS,
+            cpu_weight: (100 * vcpus).clamp(1, 10_000),
+            pids: size.tasks() + PAGER_TASKS,
+            device: device_of(dir),
+        }
+    }
 }
 
 /// One group, existing or not; every operation on it may be repeated.
@@ -89,7 +125,7 @@ impl Cgroup {
         }
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         let controllers = fs::read_to_string(parent.join("cgroup.controllers")).unwrap_or_default();
-        for controller in controllers.split_whitespace().filter(|name| ["cpu", "memory", "pids"].contains(name)) {
+        for controller in controllers.split_whitespace().filter(|name| CONTROLLERS.contains(name)) {
             if let Err(error) = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}")) {
                 tracing::warn!(%error, controller, group = %self.path.display(), "controller not available: no limit");
             }
@@ -99,16 +135,30 @@ impl Cgroup {
 
     /// Sets the limits whose controllers the group has.
     pub fn set_limits(&self, limits: &Limits) -> Result<(), Error> {
+        const PERIOD: u64 = 100_000;
+        let io = limits.device.map(|(major, minor)| {
+            format!("{major}:{minor} rbps={IO_BYTES} wbps={IO_BYTES} riops={IO_REQUESTS} wiops={IO_REQUESTS}")
+        });
         for (file, value) in [
             ("memory.max", limits.memory_bytes.to_string()),
+            // What a guest has in memory is not written to a disk as it is.
+            ("memory.swap.max", "0".to_owned()),
             // A VMM that lost one of its processes is no VMM: all of the group goes, or none.
             ("memory.oom.group", "1".to_owned()),
+            ("cpu.max", format!("{} {PERIOD}", limits.cpus * PERIOD)),
             ("cpu.weight", limits.cpu_weight.to_string()),
             ("pids.max", limits.pids.to_string()),
         ] {
             if self.path.join(file).exists() {
                 fs::write(self.path.join(file), value).map_err(self.refused("write", file))?;
             }
+        }
+        if let Some(io) = io
+            && self.path.join("io.max").exists()
+            && let Err(error) = fs::write(self.path.join("io.max"), &io)
+        {
+            // Not every device can be limited, and none of them says so before.
+            tracing::debug!(%error, io, group = %self.path.display(), "no limit of disk traffic");
         }
         Ok(())
     }
@@ -210,6 +260,20 @@ impl Cgroup {
     }
 }
 
+/// The whole device that the file system of `path` is on; `None` where that is none, or several.
+fn device_of(path: &Path) -> Option<(u32, u32)> {
+    let device = fs::metadata(path).ok()?.dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let entry = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    if !entry.join("partition").exists() {
+        return Some((major, minor));
+    }
+    // A partition's traffic is limited with that of its disk.
+    let text = fs::read_to_string(entry.parent()?.join("dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
 /// A group removed while one of its files is open answers ENODEV, otherwise ENOENT.
 fn gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
@@ -285,12 +349,15 @@ mod tests {
     fn limits_go_to_the_controllers_that_are_there() {
         let directory = tempfile::tempdir().unwrap();
         let group = Cgroup { path: directory.path().to_owned() };
-        for file in ["memory.max", "pids.max"] {
+        for file in ["memory.max", "pids.max", "cpu.max"] {
             fs::write(directory.path().join(file), "max").unwrap();
         }
-        group.set_limits(&Limits { memory_bytes: 1 << 30, cpu_weight: 50, pids: 64 }).unwrap();
-        assert_eq!(fs::read_to_string(directory.path().join("memory.max")).unwrap(), "1073741824");
-        assert_eq!(fs::read_to_string(directory.path().join("pids.max")).unwrap(), "64");
+        let size = Size { vcpus: 2, memory_mib: 1024, disk_mib: 5120 };
+        group.set_limits(&Limits::of(&size, directory.path())).unwrap();
+        let said = |file: &str| fs::read_to_string(directory.path().join(file)).unwrap();
+        assert_eq!(said("memory.max"), (2560_u64 << 20).to_string());
+        assert_eq!(said("pids.max"), "260");
+        assert_eq!(said("cpu.max"), "300000 100000");
         assert!(!directory.path().join("cpu.weight").exists());
     }
 }

@@ -8,8 +8,7 @@ mod version;
 mod wire;
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -18,13 +17,13 @@ use futures::future::{Either, select};
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
-use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::process::{Exit, Process};
+use crate::API_SOCKET;
+use crate::process::{Exit, Process, Scratch};
 
 pub use version::{Feature, Version};
 pub use wire::{Boot, InstanceInfo, Load, Memory, SnapshotKind, VmState};
@@ -53,10 +52,8 @@ pub enum Error {
     #[error("the VMM {0} before it answered")]
     Died(Exit),
     /// Nothing accepted on the socket in the time the caller gave.
-    #[error("the VMM did not listen on {} within {limit:?}", socket.display())]
+    #[error("the VMM did not listen on its socket within {limit:?}")]
     NotListening {
-        /// The socket.
-        socket: PathBuf,
         /// The time it had.
         limit: Duration,
         /// What the last attempt met.
@@ -64,14 +61,8 @@ pub enum Error {
         source: io::Error,
     },
     /// The socket cannot be used.
-    #[error("cannot connect to {}", socket.display())]
-    Connect {
-        /// The socket.
-        socket: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot connect to the VMM's socket")]
+    Connect(#[source] io::Error),
     /// A call did not end in its time. Whether it had an effect is unknown.
     #[error("{request} did not answer within {limit:?}")]
     Timeout {
@@ -134,29 +125,30 @@ pub enum Error {
 /// A VMM that has said its version.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    scratch: Scratch,
     version: Version,
 }
 
 impl Client {
-    /// Waits until `process` listens on `socket`, and learns its version. Gives up after `limit`, or when the process ends.
-    pub async fn connect(socket: &Path, limit: Duration, process: &Process) -> Result<Self, Error> {
-        let waiting = pin!(Self::listen(socket, limit));
+    /// Waits until `process` listens, and learns its version. Gives up after `limit`, or when the process ends.
+    pub async fn connect(limit: Duration, process: &Process) -> Result<Self, Error> {
+        let Some(scratch) = process.scratch() else { return Err(Error::Died(process.exited().await)) };
+        let waiting = pin!(Self::listen(scratch, limit));
         match select(waiting, pin!(process.exited())).await {
             Either::Left((result, _)) => result,
             Either::Right((exit, _)) => Err(Error::Died(exit)),
         }
     }
 
-    async fn listen(socket: &Path, limit: Duration) -> Result<Self, Error> {
-        let unknown = Self { socket: socket.to_owned(), version: Version::OLDEST };
+    async fn listen(scratch: &Scratch, limit: Duration) -> Result<Self, Error> {
+        let unknown = Self { scratch: scratch.clone(), version: Version::OLDEST };
         let end = Instant::now() + limit;
         let version: wire::VersionInfo = loop {
             let answer = timeout_at(end, unknown.get("/version")).await;
             match answer.map_err(|_| Error::Timeout { request: "GET /version".to_owned(), limit })? {
-                Err(Error::Connect { socket, source }) if not_yet(&source) => {
+                Err(Error::Connect(source)) if not_yet(&source) => {
                     if Instant::now() >= end {
-                        return Err(Error::NotListening { socket, limit, source });
+                        return Err(Error::NotListening { limit, source });
                     }
                     sleep(CONNECT_PAUSE).await;
                 }
@@ -243,8 +235,7 @@ impl Client {
 
     async fn exchange(&self, method: Method, path: &str, body: Bytes, limit: Duration) -> Result<Bytes, Error> {
         let request = format!("{method} {path}");
-        let stream = open(&self.socket).await;
-        let stream = stream.map_err(|source| Error::Connect { socket: self.socket.clone(), source })?;
+        let stream = self.scratch.connect(API_SOCKET).await.map_err(Error::Connect)?;
         let (status, answer) = match timeout(limit, round_trip(stream, method, path, body)).await {
             Err(_) => return Err(Error::Timeout { request, limit }),
             Ok(Err(source)) => return Err(Error::Http { request, source }),
@@ -291,14 +282,6 @@ fn snapshot_limit(memory_mib: u32) -> Duration {
 /// Whether a VMM that is just starting may still make this error go away.
 fn not_yet(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock)
-}
-
-/// Connects by way of the socket's directory, because the address of a unix socket ends at 107 bytes and paths do not.
-async fn open(socket: &Path) -> io::Result<UnixStream> {
-    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    let (directory, name) = (socket.parent().ok_or_else(invalid)?, socket.file_name().ok_or_else(invalid)?);
-    let directory = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    UnixStream::connect(Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name)).await
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@
 //!   Process::adopt ────┘
 //! ```
 //!
-//! A VMM is in the capsule's cgroup before it is anything else, so an agent killed at any instant leaves no process that
-//! its successor cannot find. It refuses to restart a VMM: what to do about an end is for its owner to decide.
+//! A VMM is born in the capsule's cgroup, so an agent killed at any instant leaves no process that its successor cannot
+//! find, and runs in a [jail](crate::jail). It refuses to restart a VMM: what to do about an end is for its owner to decide.
 
+mod child;
 mod launch;
+mod scratch;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -27,7 +29,9 @@ use tokio::time::timeout;
 
 use crate::cgroup::{self, Cgroup};
 
-pub use launch::{Companion, Launch, Step};
+pub use child::Step;
+pub use launch::{Companion, Launch};
+pub use scratch::Scratch;
 
 /// What a VMM's log may grow to, in bytes. A guest writes to it as fast as it likes, through its serial console.
 const LOG_LIMIT: u64 = 4 << 20;
@@ -128,29 +132,36 @@ impl std::fmt::Display for Exit {
 pub struct Process {
     identity: Identity,
     cgroup: Cgroup,
+    /// A companion has none.
+    scratch: Option<Scratch>,
     exit: watch::Receiver<Option<Exit>>,
 }
 
 impl Process {
     /// Takes charge of a process that an earlier agent started: `None` when it has ended, also when its pid now names
-    /// another process or one outside the group.
-    pub fn adopt(identity: &Identity, cgroup: &Cgroup) -> Result<Option<Self>, Error> {
+    /// another process or one outside the group. `log` is where it was started to print to.
+    pub fn adopt(identity: &Identity, cgroup: &Cgroup, log: &Path) -> Result<Option<Self>, Error> {
         // First the descriptor, then the comparison: what is compared cannot be replaced afterwards.
         let Some(pidfd) = open(identity.pid)? else { return Ok(None) };
         if Identity::of(identity.pid) != Some(*identity) || !cgroup.pids()?.contains(&identity.pid) {
             return Ok(None);
         }
-        Self::watch(*identity, cgroup.clone(), pidfd).map(Some)
+        Self::watch(*identity, cgroup.clone(), pidfd, log).map(Some)
     }
 
     /// Begins to watch. Needs a tokio runtime; its task also reaps the process if it is our child.
-    fn watch(identity: Identity, cgroup: Cgroup, pidfd: OwnedFd) -> Result<Self, Error> {
+    fn watch(identity: Identity, cgroup: Cgroup, pidfd: OwnedFd, log: &Path) -> Result<Self, Error> {
+        let scratch = match Scratch::of(identity.pid) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            scratch => Some(scratch.map_err(|source| Error::Watch { pid: identity.pid, source })?),
+        };
         // SAFETY: the `AsyncFd` owns the descriptor and never gives it away, so it stays open and the same for as long as it
         // is registered.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
             .map_err(|error| Error::Watch { pid: identity.pid, source: error.into() })?;
         let (sender, exit) = watch::channel(None);
-        let log = log_of(identity.pid);
+        // Without it there is nothing to bound.
+        let log = File::options().append(true).open(log).ok();
         tokio::spawn(async move {
             loop {
                 match timeout(LOG_LOOK, pidfd.readable()).await {
@@ -162,7 +173,7 @@ impl Process {
             }
             sender.send_replace(Some(reap(pidfd.get_ref())));
         });
-        Ok(Self { identity, cgroup, exit })
+        Ok(Self { identity, cgroup, scratch, exit })
     }
 
     /// What to write down in order to adopt it later.
@@ -170,9 +181,9 @@ impl Process {
         self.identity
     }
 
-    /// Where the agent finds what the process sees as `path` in its own mount namespace.
-    pub fn sees(&self, path: &Path) -> PathBuf {
-        Path::new("/proc").join(self.identity.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
+    /// What a VMM has written; `None` of a companion, and of a VMM that ended as soon as it was executed.
+    pub fn scratch(&self) -> Option<&Scratch> {
+        self.scratch.as_ref()
     }
 
     /// The group all its processes are in.
@@ -213,13 +224,6 @@ impl Process {
         self.cgroup.kill().await?;
         Ok(self.exited().await)
     }
-}
-
-/// The file that the process prints to, if it is one: found by the process, because an adopted one has no other trace of it.
-fn log_of(pid: u32) -> Option<File> {
-    let path = format!("/proc/{pid}/fd/1");
-    // Opening a pipe or a device for this could wait, or have an effect.
-    fs::metadata(&path).ok()?.is_file().then(|| File::options().append(true).open(path).ok())?
 }
 
 /// Begins a log that has grown too long anew. Its writer appends, so it goes on at the beginning.

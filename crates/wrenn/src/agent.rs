@@ -38,6 +38,9 @@ pub struct AgentCommand {
     objects: Option<::objects::Config>,
     #[command(flatten)]
     egress: Egress,
+    /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
+    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = vmm_users())]
+    vmm_users: u32,
 }
 
 /// What the operator says that capsules may reach, whatever is asked for them.
@@ -57,6 +60,11 @@ pub fn objects(address: &str) -> Result<::objects::Config, ::objects::Error> {
     ::objects::Config::parse(address, std::env::vars())
 }
 
+/// Numbers of users, of which none is root, nor beyond what the kernel has.
+pub fn vmm_users() -> clap::builder::RangedU64ValueParser<u32> {
+    clap::value_parser!(u32).range(1000..=2_000_000_000)
+}
+
 impl AgentCommand {
     /// Runs until ctrl-C or SIGTERM.
     pub async fn run(self) -> Result<ExitCode> {
@@ -69,7 +77,7 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images, self.objects, self.egress)?;
+        let config = config(dir, choice.binary, images, self.objects, self.egress, self.vmm_users)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -95,6 +103,7 @@ pub fn config(
     images: Images,
     objects: Option<::objects::Config>,
     egress: Egress,
+    vmm_users: u32,
 ) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(::agent::Config {
@@ -112,5 +121,6 @@ pub fn config(
         egress_allow: egress.allow,
         egress_deny: egress.deny,
         slots_ready: ::agent::SLOTS_READY,
+        vmm_users,
     })
 }

@@ -4,6 +4,7 @@
 //! asks about it only where not. It refuses to repair: what it would have to do needs root and an owner's consent.
 
 mod audit;
+mod jail;
 mod kernel;
 mod objects;
 mod programs;
@@ -18,6 +19,7 @@ use serde::Serialize;
 
 use crate::terminal::{self, Paint, Progress, Style};
 use crate::vmm_choice::{self, Choice};
+pub(crate) use kernel::NEEDED;
 
 /// Says what this host has and lacks for running capsules, and what to do about it.
 ///
@@ -34,6 +36,9 @@ pub struct Doctor {
     /// With --storage: look at this object store too.
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
     objects: Option<::objects::Config>,
+    /// Where the users of VMMs begin, as `wrenn up` and `wrenn agent` are told.
+    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
+    vmm_users: u32,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -109,6 +114,7 @@ impl Doctor {
         let choice = vmm_choice::decide(&found);
         let mut checks = programs::checks(&found, &choice);
         checks.extend(kernel::checks());
+        checks.extend(jail::checks(self.vmm_users).await);
         checks.extend(storage::checks(&self.dir));
         let ready = checks.iter().all(|check| check.verdict != Verdict::Fail);
         Ok(Report { ready, vmm: choice.ok(), checks })

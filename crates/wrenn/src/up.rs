@@ -39,6 +39,9 @@ pub struct Up {
     objects: Option<::objects::Config>,
     #[command(flatten)]
     egress: crate::agent::Egress,
+    /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
+    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
+    vmm_users: u32,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -72,7 +75,8 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress)?;
+        let config =
+            crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress, self.vmm_users)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -129,10 +133,11 @@ impl Up {
     }
 }
 
-/// The data directory, made if need be, readable by root alone, in its one true spelling.
+/// The data directory, made if need be, for this user alone, in its one true spelling.
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
-    if !rustix::process::geteuid().is_root() {
-        bail!("this needs root: it makes network namespaces, mounts and control groups");
+    let missing = crate::doctor::NEEDED.difference(rustix::thread::capabilities(None)?.effective);
+    if !missing.is_empty() {
+        bail!("this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks");
     }
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
     fs::set_permissions(dir, Permissions::from_mode(0o700))?;

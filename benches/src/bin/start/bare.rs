@@ -42,10 +42,15 @@ impl Command {
     /// it, the memory that another process owns, dirty page tracking and its plugin, the sandbox.
     pub async fn of(ours: &Ours, id: &CapsuleId) -> Result<Self> {
         let disk = Path::new(vmm::CAPSULE_DIR).join("rootfs.ext4").display().to_string();
+        let kernel = ours.kernel().display().to_string();
         let image = std::fs::read_dir(ours.root().join("images"))?.next().context("the agent has no image")??.path();
         if ours.vmm().ends_with("firecracker") {
-            let socket = ours.root().join("capsules").join(id.to_string()).join(vmm::API_SOCKET);
+            // In its jail it is the only process.
+            let pid = ours.pids(id)?.first().copied().context("the capsule has no VMM")?;
+            let scratch = Path::new(vmm::CAPSULE_DIR).join(vmm::SCRATCH_DIR).join(vmm::API_SOCKET);
+            let socket = PathBuf::from(format!("/proc/{pid}/root{}", scratch.display()));
             let mut config = vm_config(&socket).await?;
+            config["boot-source"]["kernel_image_path"] = json!(kernel);
             config["machine-config"]["track_dirty_pages"] = json!(false);
             let args = ["--no-api", "--config-file"].map(str::to_owned).into();
             return Ok(Self { program: ours.vmm().to_owned(), args, config: Some(config), disk, image });
@@ -56,6 +61,7 @@ impl Command {
                 line.split(|&byte| byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
             if line[0].ends_with("qemu-system-x86_64") {
                 let args = unmanaged(&line[1..line.len() - 1])?;
+                let args = args.iter().map(|word| word.replace(vmm::KERNEL, &kernel)).collect();
                 return Ok(Self { program: line[0].clone().into(), args, config: None, disk, image });
             }
         }

@@ -33,6 +33,7 @@ pub struct Ours {
     agent: Agent,
     dir: TempDir,
     vmm: PathBuf,
+    kernel: PathBuf,
     socket: PathBuf,
     lifecycle: Lifecycle,
     clock: Clock,
@@ -55,14 +56,16 @@ impl Ours {
         tracing::subscriber::set_global_default(tracing_subscriber::registry().with(clock.clone()))?;
         let dir = TempDir::with_prefix("wrenn-bench-")?;
         let vmm = choose_vmm()?;
-        let agent = Agent::open(config(dir.path(), &vmm)?).await.context("opening the agent")?;
+        let config = config(dir.path(), &vmm)?;
+        let kernel = config.kernel.clone();
+        let agent = Agent::open(config).await.context("opening the agent")?;
         let socket = dir.path().join("agent.sock");
         let listener = UnixListener::bind(&socket)?;
         let shutdown = CancellationToken::new();
         let serving = axum::serve(listener, agent.router()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let server = tokio::spawn(serving.into_future());
         let lifecycle = Transport::new(Endpoint::Unix(socket.clone())).lifecycle();
-        Ok(Self { agent, dir, vmm, socket, lifecycle, clock, server, shutdown })
+        Ok(Self { agent, dir, vmm, kernel, socket, lifecycle, clock, server, shutdown })
     }
 
     /// Starts a capsule from an image or snapshot, and waits for the answer.
@@ -131,6 +134,11 @@ impl Ours {
         &self.vmm
     }
 
+    /// The kernel that guests boot.
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
     /// Where images and capsules are, and files that share blocks with them can be.
     pub fn root(&self) -> PathBuf {
         let volume = self.dir.path().join("volume");
@@ -192,6 +200,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         egress_allow: Vec::new(),
         egress_deny: Vec::new(),
         slots_ready: agent::SLOTS_READY,
+        vmm_users: agent::VMM_USERS,
     })
 }
 

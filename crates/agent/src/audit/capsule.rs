@@ -11,8 +11,7 @@ use crate::capsule::files;
 use crate::capsule::record::{Base, Journal, Phase, RECORD, Record, Saved};
 
 /// Files of a capsule that are of no use without it, and are made anew when it is resumed.
-const PASSING: [&str; 6] =
-    [vmm::API_SOCKET, vmm::DUMP_DIR, files::VMM_LOG, files::PAGER_LOG, files::PAGER_SOCKET, files::WORKING_SET];
+const PASSING: [&str; 4] = [files::VM, files::VMM_LOG, files::PAGER_LOG, files::WORKING_SET];
 
 impl Walk {
     /// The directory of a capsule.

@@ -1,7 +1,8 @@
 //! What lies in a capsule's directory, and in a point's: one place for the names.
 //!
 //! ```text
-//! record.json  rootfs.ext4  vmm.log  api.sock  pager.sock  pager.log  dump/   of the capsule
+//! record.json  rootfs.ext4  vmm.log  pager.log                                of the capsule
+//! vm/rootfs.ext4  vm/state  vm/pager.sock  vm/scratch/                        what its VMM is given, while there is one
 //! working-set                                                                 what its last resume needed first
 //! memory-N  state-N                                                           its snapshot N: header, VMM's state
 //! disk-N                                                                      snapshot N's disk, while a resume from
@@ -13,8 +14,9 @@
 //! ```
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -27,7 +29,9 @@ pub const DISK: &str = "rootfs.ext4";
 pub const VMM_LOG: &str = "vmm.log";
 /// What a pager prints.
 pub const PAGER_LOG: &str = "pager.log";
-/// The socket of a capsule's pager.
+/// The directory of what a capsule's VMM is given. Only the agent makes anything in it, and a VMM writes only to its disk.
+pub const VM: &str = "vm";
+/// The socket of a capsule's pager, in that.
 pub const PAGER_SOCKET: &str = "pager.sock";
 /// What of the memory was needed first the last time, so that the pager fetches it ahead. Written by pagers alone, and read only
 /// where its checksum holds: one that is damaged, or not there, makes a resume slower and not wrong.
@@ -55,6 +59,38 @@ pub fn state(number: u32) -> String {
 /// The name of a snapshot's own disk.
 pub fn disk(number: u32) -> String {
     format!("disk-{number}")
+}
+
+/// Makes the directory of what the VMM of the capsule in `dir` is given, with nothing in it.
+pub fn make_vm(dir: &Path) -> io::Result<()> {
+    remove_vm(dir)?;
+    let vm = dir.join(VM);
+    fs::create_dir(&vm)?;
+    // Who may come here is decided by the directories above it, and in a jail there are none.
+    fs::set_permissions(&vm, Permissions::from_mode(0o755))
+}
+
+/// Removes that directory. No VMM may be left.
+pub fn remove_vm(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir.join(VM)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Gives the VMM of the capsule in `dir` its disk, which from now on is the file of `user`.
+pub fn give_disk(dir: &Path, user: u32) -> io::Result<()> {
+    let disk = dir.join(DISK);
+    fs::set_permissions(&disk, Permissions::from_mode(0o600))?;
+    chown(&disk, Some(user), Some(user))?;
+    fs::hard_link(&disk, dir.join(VM).join(DISK))
+}
+
+/// Lets the VMM of the capsule in `dir` read the state of snapshot `number`.
+pub fn give_state(dir: &Path, number: u32) -> io::Result<()> {
+    let state = dir.join(state(number));
+    fs::set_permissions(&state, Permissions::from_mode(0o644))?;
+    fs::hard_link(&state, dir.join(VM).join(STATE))
 }
 
 /// Every header in `dir`, a capsule's directory or a point's. Also one that is not there because its first write was not

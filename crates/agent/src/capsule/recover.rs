@@ -85,7 +85,7 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
     }
     for journal in &mut paused {
         let id = journal.record().spec.id;
-        for error in stop(host, id, Some(journal.record())).await.err().unwrap_or_default() {
+        for error in stop(host, id, journal.dir(), Some(journal.record())).await.err().unwrap_or_default() {
             error!(capsule = %id, error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
         if let Err(error) = pause_again(journal) {
@@ -175,10 +175,10 @@ async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
     let record = journal.record();
     let slot = record.slot?;
     let cgroup = host.cgroup(record.spec.id);
-    let process = Process::adopt(record.vmm.as_ref()?, &cgroup).ok()??;
+    let process = Process::adopt(record.vmm.as_ref()?, &cgroup, &journal.dir().join(files::VMM_LOG)).ok()??;
     let pager = match &record.pager {
         // One that has served everything is not missed.
-        Some(identity) => match Process::adopt(identity, &cgroup).ok()? {
+        Some(identity) => match Process::adopt(identity, &cgroup, &journal.dir().join(files::PAGER_LOG)).ok()? {
             None if !is_whole(journal.dir()) => {
                 warn!(capsule = %record.spec.id, "the process that serves its memory is gone");
                 return None;
@@ -206,7 +206,7 @@ async fn go_on(journal: &mut Journal, running: &Running) -> bool {
         }
     }
     let resumed = async {
-        let client = running.client(journal.dir()).await?;
+        let client = running.client().await?;
         if client.instance_info().await?.state == VmState::Paused {
             client.resume().await?;
         }

@@ -23,8 +23,9 @@ pub enum Error {
     Directory(#[source] std::io::Error),
 }
 
-/// Ends what runs of the capsule `id` and frees its network, as `record` names it (or its id alone tells). Its files stay.
-pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result<(), Vec<Error>> {
+/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network, as `record` names it (or its id alone
+/// tells). Its files stay.
+pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
     if let Err(error) = cgroup.kill().await {
@@ -32,6 +33,11 @@ pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result
     }
     if let Err(error) = cgroup.remove().await {
         errors.push(Error::Vmm(error));
+    }
+    if errors.is_empty()
+        && let Err(error) = files::remove_vm(dir)
+    {
+        errors.push(Error::Directory(error));
     }
     if let Some(slot) = record.and_then(|record| record.slot)
         && let Err(error) = host.destroy_network(slot).await
@@ -43,7 +49,7 @@ pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result
 
 /// Ends the capsule `id`, whose directory is `dir`, and gives back all of it.
 pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
-    stop(host, id, record).await?;
+    stop(host, id, dir, record).await?;
     files::remove_all(&host.memory, dir).map_err(|error| vec![Error::Directory(error)])?;
     collect(&host.memory);
     Ok(())

@@ -6,21 +6,26 @@
 //! ([`Base::Lost`]): the VMM has forgotten what was written before, so a snapshot that fails must be followed by a full one.
 
 use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read};
+use std::path::Path;
 use std::sync::Arc;
 
 use snapshot::Packed;
 use tracing::{debug, warn};
 use vmm::client::{Client, SnapshotKind};
+use vmm::process::Scratch;
 
 use super::files;
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::start::Running;
 use crate::host::{Host, blocking};
 
-/// Name of the dump in the VMM's tmpfs.
+/// Names of what the VMM writes in its scratch directory.
 const DUMP: &str = "memory";
+const STATE: &str = "state";
+
+/// The largest state of a VMM, in bytes. Those of `firecracker-qemu` have some hundred KiB.
+const STATE_LIMIT: u64 = 32 << 20;
 
 /// The step of a save that failed.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +69,7 @@ pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -
     let mut save = Save::begin(journal, Phase::Pausing).map_err(|error| Failed { error, goes_on: true })?;
     running.guest.prepare().await;
     let saved = async {
-        let client = running.client(journal.dir()).await.map_err(Error::Vmm)?;
+        let client = running.client().await.map_err(Error::Vmm)?;
         client.pause().await.map_err(Error::Vmm)?;
         save.dump(&client, journal).await?;
         let disk = journal.dir().join(files::DISK);
@@ -99,7 +104,7 @@ pub async fn capture(
     let mut save = Save::begin(journal, Phase::Running).map_err(|error| Failed { error, goes_on: true })?;
     running.guest.prepare().await;
     let stopped = async {
-        let client = running.client(journal.dir()).await.map_err(Error::Vmm)?;
+        let client = running.client().await.map_err(Error::Vmm)?;
         client.pause().await.map_err(Error::Vmm)?;
         save.dump(&client, journal).await?;
         let (disk, clone) = (journal.dir().join(files::DISK), dest.join(files::DISK));
@@ -134,7 +139,7 @@ pub async fn capture(
 
 /// Lets the guest run again, and its processes with it.
 async fn go_on(dir: &Path, running: &Running) -> bool {
-    let resumed = async { running.client(dir).await?.resume().await };
+    let resumed = async { running.client().await?.resume().await };
     if let Err(error) = resumed.await {
         warn!(dir = %dir.display(), error = &error as &dyn std::error::Error, "the guest stands still");
         return false;
@@ -143,9 +148,29 @@ async fn go_on(dir: &Path, running: &Running) -> bool {
     true
 }
 
-/// Where we see what the VMM dumped.
-fn dump(running: &Running) -> PathBuf {
-    running.process.sees(&Path::new(vmm::CAPSULE_DIR).join(vmm::DUMP_DIR).join(DUMP))
+/// What the VMM has written.
+fn scratch(running: &Running) -> Result<Scratch, Error> {
+    running.process.scratch().cloned().ok_or_else(|| Error::Dump(io::ErrorKind::NotFound.into()))
+}
+
+/// Keeps what the VMM wrote of its own state, whatever that is: nobody but a VMM reads it.
+fn keep_state(scratch: &Scratch, state: &Path) -> Result<String, Error> {
+    let mut written = scratch.open(STATE).map_err(Error::Dump)?.take(STATE_LIMIT + 1);
+    let mut kept = File::create(state).map_err(Error::Keep)?;
+    if io::copy(&mut written, &mut kept).map_err(Error::Keep)? > STATE_LIMIT {
+        return Err(Error::Dump(io::ErrorKind::FileTooLarge.into()));
+    }
+    kept.sync_all().map_err(Error::Keep)?;
+    files::digest(state).map_err(Error::Keep)
+}
+
+/// The guest's memory as the VMM wrote it, which is to have so many bytes.
+fn dumped(scratch: &Scratch, size: u64) -> io::Result<File> {
+    let memory = scratch.open(DUMP)?;
+    match memory.metadata()?.len() == size {
+        true => Ok(memory),
+        false => Err(io::Error::new(io::ErrorKind::InvalidData, "the guest's memory has another size")),
+    }
 }
 
 /// One snapshot in the making.
@@ -169,15 +194,15 @@ impl Save {
         Ok(Self { number: journal.record().snapshots, base, dumped: false })
     }
 
-    /// Has the VMM write its state beside the record, and the memory where nobody else sees it.
+    /// Has the VMM write its state and the memory where nobody else sees it.
     async fn dump(&mut self, client: &Client, journal: &Journal) -> Result<(), Error> {
         self.dumped = true;
         let kind = match self.base {
             Base::Boot | Base::Snapshot(_) => SnapshotKind::Diff,
             Base::Lost => SnapshotKind::Full,
         };
-        let inside = Path::new(vmm::CAPSULE_DIR);
-        let (state, memory) = (inside.join(files::state(self.number)), inside.join(vmm::DUMP_DIR).join(DUMP));
+        let inside = Path::new(vmm::CAPSULE_DIR).join(vmm::SCRATCH_DIR);
+        let (state, memory) = (inside.join(STATE), inside.join(DUMP));
         let size = journal.record().spec.memory_mib;
         client.create_snapshot(kind, &state, &memory, size).await.map_err(Error::Vmm)?;
         debug!(dir = %journal.dir().display(), ?kind, "dumped");
@@ -191,12 +216,11 @@ impl Save {
             Base::Snapshot(saved) => Some(dir.join(files::memory(saved.number))),
             Base::Boot | Base::Lost => None,
         };
-        let (dump, store, number) = (dump(running), host.memory.clone(), self.number);
+        let (scratch, store, number) = (scratch(running)?, host.memory.clone(), self.number);
+        let size = u64::from(journal.record().spec.memory_mib) << 20;
         let packed = blocking(move || {
-            let state = dir.join(files::state(number));
-            files::sync(&state).map_err(Error::Keep)?;
-            let digest = files::digest(&state).map_err(Error::Keep)?;
-            let memory = File::open(&dump).map_err(Error::Dump)?;
+            let digest = keep_state(&scratch, &dir.join(files::state(number)))?;
+            let memory = dumped(&scratch, size).map_err(Error::Dump)?;
             let packed = store.pack(&memory, parent.as_deref()).map_err(Error::Memory)?;
             Ok((packed, Saved { number, state: digest }))
         });
@@ -213,15 +237,13 @@ impl Save {
         running: &Running,
         (packed, saved): (Packed, Saved),
     ) -> Result<Saved, Error> {
-        let (dump, store, header) =
-            (dump(running), host.memory.clone(), journal.dir().join(files::memory(self.number)));
+        let (scratch, store, header) =
+            (scratch(running)?, host.memory.clone(), journal.dir().join(files::memory(self.number)));
         let keep = move || {
             store.commit(&packed, &header).map_err(Error::Memory)?;
-            // It is memory, and the capsule may go on for long. With a VMM that has died it is gone already.
-            match fs::remove_file(&dump) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Dump(error)),
-                _ => Ok(saved),
-            }
+            // It is memory, and the capsule may go on for long.
+            scratch.remove(DUMP).and_then(|()| scratch.remove(STATE)).map_err(Error::Dump)?;
+            Ok(saved)
         };
         blocking(keep).await
     }

@@ -185,8 +185,8 @@ pub struct Running {
 
 impl Running {
     /// The VMM's API.
-    pub async fn client(&self, dir: &Path) -> Result<Client, vmm::client::Error> {
-        Client::connect(&dir.join(vmm::API_SOCKET), SOCKET_LIMIT, &self.process).await
+    pub async fn client(&self) -> Result<Client, vmm::client::Error> {
+        Client::connect(SOCKET_LIMIT, &self.process).await
     }
 }
 
@@ -232,10 +232,13 @@ pub async fn start(
     journal.update(|record| record.slot = Some(slot)).map_err(Error::Record)?;
     debug!(capsule = %spec.id, "slot claimed");
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
+    files::make_vm(&dir).map_err(Error::Place)?;
 
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
-    let (process, placed) =
-        tokio::join!(launch(host, journal.record(), &dir, slot), place(host, &dir, origin, journal.record()));
+    let (process, placed) = tokio::join!(
+        launch(host, journal.record(), &dir, slot),
+        place(host, &dir, origin, journal.record(), host.user(slot))
+    );
     let (process, Placed { saved, pager }) = (process?, placed?);
     let recorded = journal.update(|record| {
         record.vmm = Some(process.identity());
@@ -259,13 +262,13 @@ pub async fn start(
 
     let guest = Guest::new(slot.host_ip(), journal.record().token.clone());
     let bring_up = async {
-        let client = Client::connect(&dir.join(vmm::API_SOCKET), SOCKET_LIMIT, &process).await;
+        let client = Client::connect(SOCKET_LIMIT, &process).await;
         let client = client.map_err(Error::Configure)?;
         debug!(capsule = %spec.id, "VMM listens");
         let versions = match &saved {
             None => boot(host, &client, &guest, &spec, slot).await?,
-            Some(saved) => {
-                load(&client, &spec, saved).await?;
+            Some(_) => {
+                load(&client, &spec).await?;
                 host.network_attached(slot).await.map_err(Error::Network)?;
                 restore(&guest, &spec, &dir, origin, &journal.record().versions).await?
             }
@@ -312,10 +315,13 @@ async fn launch(host: &Host, record: &Record, dir: &Path, slot: Slot) -> Result<
     let launch = Launch {
         binary: &host.config.vmm,
         id: &spec.id.to_string(),
-        dir,
+        dir: &dir.join(files::VM),
+        kernel: &host.config.kernel,
         netns: &slot.netns_path(),
         cgroup: &host.cgroup(spec.id),
         log: &dir.join(files::VMM_LOG),
+        user: host.user(slot),
+        size: vmm::jail::Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib },
     };
     let process = launch.spawn().await.map_err(Error::Launch)?;
     debug!(capsule = %spec.id, "VMM executed");
@@ -329,8 +335,9 @@ struct Placed {
     pager: Option<Process>,
 }
 
-/// Puts what the capsule begins from into its directory, and starts the pager where there is memory to serve.
-async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> Result<Placed, Error> {
+/// Puts what the capsule begins from into its directory, gives it to `user`, as whom its VMM runs, and starts the pager where
+/// there is memory to serve.
+async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, user: u32) -> Result<Placed, Error> {
     let Record { spec, base, .. } = record;
     let rootfs = dir.join(files::DISK);
     let saved = match origin {
@@ -338,6 +345,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
             let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
             let size = u64::from(spec.disk_mib) << 20;
             host.clone_image(image, &rootfs, size).await.map_err(Error::Disk)?;
+            files::give_disk(dir, user).map_err(Error::Place)?;
             debug!(capsule = %spec.id, "disk made");
             return Ok(Placed { saved: None, pager: None });
         }
@@ -372,17 +380,18 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
             saved
         }
     };
+    files::give_disk(dir, user).and_then(|()| files::give_state(dir, saved.number)).map_err(Error::Place)?;
     debug!(capsule = %spec.id, "snapshot placed");
     let working_set = origin.working_set(dir).map(|path| (path, origin.is_noted()));
     if record.is_remote {
         check_state(dir, &saved).await?;
-        let pager = pager(host, spec, dir, Served::Remote, working_set).await?;
+        let pager = pager(host, spec, dir, user, Served::Remote, working_set).await?;
         return Ok(Placed { saved: Some(saved), pager: Some(pager) });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager(host, spec, dir, Served::Own(saved.number), working_set).await?;
+    let pager = pager(host, spec, dir, user, Served::Own(saved.number), working_set).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
@@ -425,26 +434,28 @@ async fn pager(
     host: &Host,
     spec: &Spec,
     dir: &Path,
+    user: u32,
     served: Served,
     working_set: Option<(PathBuf, bool)>,
 ) -> Result<Process, Error> {
-    for stale in [files::PAGER_SOCKET, files::PAGER_LOG] {
-        match std::fs::remove_file(dir.join(stale)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
-            _ => {}
-        }
+    match std::fs::remove_file(dir.join(files::PAGER_LOG)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
+        _ => {}
     }
     let (binary, words) = &host.config.pager;
     let (memory, generations) = match served {
         Served::Own(number) => (PathBuf::from(files::memory(number)), host.memory.generations().to_owned()),
         Served::Remote => (Path::new(files::REMOTE).join(files::MEMORY), PathBuf::from(files::REMOTE)),
     };
+    let (socket, user) = (Path::new(files::VM).join(files::PAGER_SOCKET), user.to_string());
     let to_come = Path::new(files::REMOTE).join(files::REMOTE_FILES);
     let mut args: Vec<&std::ffi::OsStr> = words.iter().map(AsRef::as_ref).collect();
     args.extend([
         // Relative, because the address of a socket ends at 107 bytes and paths do not.
         "--socket".as_ref(),
-        files::PAGER_SOCKET.as_ref(),
+        socket.as_os_str(),
+        "--vmm-uid".as_ref(),
+        user.as_ref(),
         "--header".as_ref(),
         memory.as_os_str(),
         "--generations".as_ref(),
@@ -478,7 +489,7 @@ async fn pager(
 /// Boots the image. Returns envd's version.
 async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec, slot: Slot) -> Result<String, Error> {
     let boot = Boot {
-        kernel: &host.config.kernel,
+        kernel: Path::new(vmm::KERNEL),
         boot_args: BOOT_ARGS,
         rootfs: &Path::new(vmm::CAPSULE_DIR).join(files::DISK),
         vcpus: spec.vcpus,
@@ -501,10 +512,10 @@ async fn boot(host: &Host, client: &Client, guest: &Guest, spec: &Spec, slot: Sl
 }
 
 /// Loads the snapshot and lets the guest go on.
-async fn load(client: &Client, spec: &Spec, saved: &Saved) -> Result<(), Error> {
+async fn load(client: &Client, spec: &Spec) -> Result<(), Error> {
     let inside = Path::new(vmm::CAPSULE_DIR);
     let load = Load {
-        state: &inside.join(files::state(saved.number)),
+        state: &inside.join(files::STATE),
         memory: Memory::Uffd(&inside.join(files::PAGER_SOCKET)),
         resume: false,
         track_dirty_pages: true,

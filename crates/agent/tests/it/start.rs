@@ -22,6 +22,16 @@ async fn a_capsule_runs_and_goes() {
     assert_eq!(capsule.state, CapsuleState::Running);
     assert!(!capsule.versions["envd_version"].is_empty() && !capsule.versions["vmm_version"].is_empty());
     assert!(host.holds() > 0);
+    let record = host.record(id);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", record["vmm"]["pid"])).unwrap();
+    let user = u64::from(agent::VMM_USERS) + record["slot"].as_u64().unwrap();
+    for line in [
+        format!("Uid:\t{user}\t{user}\t{user}\t{user}\n"),
+        "CapBnd:\t0000000000000000\n".to_owned(),
+        "Seccomp:\t2\n".to_owned(),
+    ] {
+        assert!(status.contains(&line), "its VMM is not jailed: {status}");
+    }
     host.lifecycle().destroy_capsule(DestroyCapsuleRequest { id: id.to_string(), ..Default::default() }).await.unwrap();
     assert_eq!(host.holds(), 0);
     let list = host.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned();

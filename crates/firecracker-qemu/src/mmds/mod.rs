@@ -103,8 +103,9 @@ impl Service {
         let guest = Arc::new(guest::Guest::new(config, store.clone()));
         for interface in interfaces.iter().filter(|known| config.network_interfaces.contains(&known.iface_id)) {
             let device = interface.host_dev_name.clone();
-            netlink::add_address(&device, config.address())?;
-            service.devices.push(device.clone());
+            if netlink::add_address(&device, config.address())? {
+                service.devices.push(device.clone());
+            }
             let listener = listen(&device, config.address()).map_err(|source| Error::Listen { device, source })?;
             service.listeners.push(tokio::spawn(accept(listener, Arc::clone(&guest))));
         }

@@ -43,6 +43,8 @@ pub(crate) enum Expr<'a> {
     Iifname(&'a str),
     /// The packet goes out by this interface.
     Oifname(&'a str),
+    /// The packet was sent by a process of this user here.
+    Sender(u32),
     /// The packet is IPv4; addresses may be looked at only after this.
     Ipv4,
     /// The source address is in this set.
@@ -115,6 +117,10 @@ impl Expr<'_> {
             Self::Oifname(name) => {
                 a.meta(libc::NFT_META_OIFNAME);
                 a.compare(libc::NFT_CMP_EQ, &ifname(name));
+            }
+            Self::Sender(user) => {
+                a.meta(libc::NFT_META_SKUID);
+                a.compare(libc::NFT_CMP_EQ, &user.to_ne_bytes());
             }
             Self::Ipv4 => {
                 a.meta(libc::NFT_META_NFPROTO);

@@ -46,7 +46,7 @@ pub(super) fn instance(name: &str) -> Network {
 
 /// Without slots made ahead, and with the floor as it is.
 pub(super) fn config(name: &str) -> Config {
-    Config { instance: name.to_owned(), allow: Vec::new(), deny: Vec::new(), ready: 0 }
+    Config { instance: name.to_owned(), allow: Vec::new(), deny: Vec::new(), ready: 0, users: 900_000 }
 }
 
 /// Runs a command line on this thread's machine and returns what it prints.

@@ -145,30 +145,28 @@ async fn answer(listener: &UnixListener, bytes: &[u8]) -> String {
     String::from_utf8(request).unwrap()
 }
 
-/// A client of a VMM that is listening somewhere with a path longer than the address of a unix socket may be.
-fn listening() -> (tempfile::TempDir, UnixListener, PathBuf) {
+/// Where a VMM would be listening.
+fn listening() -> (tempfile::TempDir, UnixListener, Scratch) {
     let directory = tempfile::tempdir().unwrap();
-    let long = directory.path().join("d".repeat(120));
-    std::fs::create_dir(&long).unwrap();
-    let inside = rustix::fs::open(&long, OFlags::PATH, Mode::empty()).unwrap();
-    let listener = UnixListener::bind(format!("/proc/self/fd/{}/api.sock", inside.as_raw_fd())).unwrap();
-    (directory, listener, long.join("api.sock"))
+    let listener = UnixListener::bind(directory.path().join(API_SOCKET)).unwrap();
+    let scratch = Scratch::at(directory.path()).unwrap();
+    (directory, listener, scratch)
 }
 
 async fn ask(bytes: &[u8]) -> Result<InstanceInfo, Error> {
-    let (_directory, listener, socket) = listening();
-    let client = Client { socket, version: Version::OLDEST };
+    let (_directory, listener, scratch) = listening();
+    let client = Client { scratch, version: Version::OLDEST };
     let (request, result) = futures::join!(answer(&listener, bytes), client.instance_info());
     assert!(request.starts_with("GET / HTTP/1.1\r\n"), "{request}");
     result
 }
 
 async fn meet(version: &str) -> Result<Client, Error> {
-    let (_directory, listener, socket) = listening();
+    let (_directory, listener, scratch) = listening();
     let body = json!({"firecracker_version": version}).to_string();
     let bytes = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     let (request, result) =
-        futures::join!(answer(&listener, bytes.as_bytes()), Client::listen(&socket, Duration::from_secs(10)));
+        futures::join!(answer(&listener, bytes.as_bytes()), Client::listen(&scratch, Duration::from_secs(10)));
     assert!(request.starts_with("GET /version HTTP/1.1\r\n"), "{request}");
     result
 }

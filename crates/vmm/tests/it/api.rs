@@ -1,15 +1,16 @@
 //! The client and a real VMM: `firecracker-qemu`, or the one that `FIRECRACKER_BIN` names.
 
 use std::fs::{self, File};
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
 use vmm::client::{Boot, Client, Error, Load, Memory, SnapshotKind, VmState};
 use vmm::process::{Exit, Process};
-use vmm::{API_SOCKET, CAPSULE_DIR};
+use vmm::{CAPSULE_DIR, KERNEL, SCRATCH_DIR};
 
-use crate::host::{Host, ip};
+use crate::host::{Host, USER, ip};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MEMORY_MIB: u32 = 128;
@@ -31,6 +32,11 @@ fn kernel() -> PathBuf {
     cache.join(manifest["kernel"].as_str().unwrap())
 }
 
+/// The path of what the VMM writes itself.
+fn written(name: &str) -> PathBuf {
+    Path::new(CAPSULE_DIR).join(SCRATCH_DIR).join(name)
+}
+
 /// A path as the VMM sees it.
 fn inside(name: &str) -> PathBuf {
     Path::new(CAPSULE_DIR).join(name)
@@ -40,21 +46,28 @@ fn inside(name: &str) -> PathBuf {
 /// alive as these tests need it.
 fn host() -> Host {
     let host = Host::new();
-    ip(&["-n", host.name(), "tuntap", "add", "tap0", "mode", "tap"]);
-    File::create(host.dir.join("rootfs.ext4")).unwrap().set_len(1 << 20).unwrap();
+    ip(&["-n", host.name(), "tuntap", "add", "tap0", "mode", "tap", "user", &USER.to_string()]);
+    // Where the metadata service is.
+    ip(&["-n", host.name(), "address", "add", "169.254.169.254/32", "dev", "tap0"]);
+    ip(&["netns", "exec", host.name(), "sysctl", "-qw", "net.ipv4.ip_unprivileged_port_start=80"]);
+    let disk = host.dir.join("rootfs.ext4");
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    chown(&disk, Some(USER), None).unwrap();
+    fs::remove_file(&host.kernel).unwrap();
+    std::os::unix::fs::symlink(kernel(), &host.kernel).unwrap();
     host
 }
 
 async fn started(host: &Host, binary: &Path) -> (Process, Client) {
     let process = host.launch(binary).spawn().await.unwrap();
-    let client = Client::connect(&host.dir.join(API_SOCKET), LIMIT, &process).await.unwrap();
+    let client = Client::connect(LIMIT, &process).await.unwrap();
     (process, client)
 }
 
 async fn configured(host: &Host, binary: &Path) -> (Process, Client) {
     let (process, client) = started(host, binary).await;
     let boot = Boot {
-        kernel: &kernel(),
+        kernel: Path::new(KERNEL),
         boot_args: "console=ttyS0 quiet panic=0 reboot=k pci=off",
         rootfs: &inside("rootfs.ext4"),
         vcpus: 1,
@@ -115,22 +128,25 @@ async fn a_guest_lives_pauses_and_goes_on_in_another_capsules_place() {
     assert_eq!(client.instance_info().await.unwrap().state, VmState::Running);
     client.pause().await.unwrap();
     assert_eq!(client.instance_info().await.unwrap().state, VmState::Paused);
-    let (state, memory) = (inside("state"), inside("memory"));
-    client.create_snapshot(SnapshotKind::Full, &state, &memory, MEMORY_MIB).await.unwrap();
+    client.create_snapshot(SnapshotKind::Full, &written("state"), &written("memory"), MEMORY_MIB).await.unwrap();
+    // Another directory, namespace and group; the same paths in the snapshot.
+    let second = host();
+    for name in ["state", "memory"] {
+        let kept = second.dir.join(name);
+        let mut file = process.scratch().unwrap().open(name).unwrap();
+        std::io::copy(&mut file, &mut File::create(&kept).unwrap()).unwrap();
+        process.scratch().unwrap().remove(name).unwrap();
+    }
     client.resume().await.unwrap();
     assert_eq!(client.instance_info().await.unwrap().state, VmState::Running);
     client.pause().await.unwrap();
-    client.create_snapshot(SnapshotKind::Diff, &inside("state2"), &inside("memory2"), MEMORY_MIB).await.unwrap();
+    client.create_snapshot(SnapshotKind::Diff, &written("state2"), &written("memory2"), MEMORY_MIB).await.unwrap();
     process.kill().await.unwrap();
 
-    // Another directory, namespace and group; the same paths in the snapshot.
-    let second = host();
-    for name in ["state", "memory", "rootfs.ext4"] {
-        fs::rename(first.dir.join(name), second.dir.join(name)).unwrap();
-    }
+    fs::rename(first.dir.join("rootfs.ext4"), second.dir.join("rootfs.ext4")).unwrap();
     first.end().await;
     let (process, client) = started(&second, &vmm()).await;
-    client.load_snapshot(&load(&state, &memory)).await.unwrap();
+    client.load_snapshot(&load(&inside("state"), &inside("memory"))).await.unwrap();
     assert_eq!(client.instance_info().await.unwrap().state, VmState::Paused);
     client.put_mmds(&json!({"latest": {"capsule": "cl-other"}})).await.unwrap();
     client.resume().await.unwrap();

@@ -8,9 +8,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use vmm::cgroup::Cgroup;
+use vmm::jail::Size;
 use vmm::process::Launch;
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Whom a VMM of these tests runs as: below the agents' own, of which others may be running.
+pub const USER: u32 = 899_000;
+pub const SIZE: Size = Size { vcpus: 1, memory_mib: 128, disk_mib: 64 };
 
 pub struct Host {
     pub root: Cgroup,
@@ -19,6 +24,8 @@ pub struct Host {
     /// The capsule's own directory.
     pub dir: PathBuf,
     pub log: PathBuf,
+    /// What stands for a guest kernel.
+    pub kernel: PathBuf,
     pub program: PathBuf,
     name: String,
     directory: PathBuf,
@@ -32,6 +39,7 @@ impl Host {
         let directory = tempfile::tempdir().unwrap();
         let host = Self::of(name, directory.path().to_owned(), Some(directory));
         fs::create_dir(&host.dir).unwrap();
+        fs::write(&host.kernel, "").unwrap();
         host.root.create().unwrap();
         host.cgroup.create().unwrap();
         host.cgroup.create().unwrap();
@@ -61,6 +69,7 @@ impl Host {
             netns: Path::new("/run/netns").join(&name),
             dir: directory.join("capsule"),
             log: directory.join("vmm.log"),
+            kernel: directory.join("vmlinux"),
             program: PathBuf::new(),
             name,
             directory,
@@ -82,7 +91,17 @@ impl Host {
     }
 
     pub fn launch<'a>(&'a self, binary: &'a Path) -> Launch<'a> {
-        Launch { binary, id: "cl-test", dir: &self.dir, netns: &self.netns, cgroup: &self.cgroup, log: &self.log }
+        Launch {
+            binary,
+            id: "cl-test",
+            dir: &self.dir,
+            kernel: &self.kernel,
+            netns: &self.netns,
+            cgroup: &self.cgroup,
+            log: &self.log,
+            user: USER,
+            size: SIZE,
+        }
     }
 
     /// Gives everything back, and fails if something cannot be given back because it is still used.

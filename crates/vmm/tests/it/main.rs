@@ -2,4 +2,5 @@
 
 mod api;
 mod host;
+mod hostile;
 mod process;

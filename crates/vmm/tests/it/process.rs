@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::join_all;
-use vmm::CAPSULE_DIR;
 use vmm::client::{self, Client};
 use vmm::process::{Error, Exit, Identity, Launch, Process, Step};
+use vmm::{CAPSULE_DIR, SCRATCH_DIR};
 
 use crate::host::{Host, eventually};
 
@@ -22,33 +22,33 @@ const AGENT: &str = "WRENN_TEST_AGENT";
 async fn the_vmm_runs_where_it_should_and_nothing_shows_outside() {
     let host = Host::new();
     let vmm = host.program(
-        r#"cd /run/wrenn/vm
+        r#"cd /run/wrenn/vm/scratch
         echo "$@" > args; env > env; umask > umask
         cat /proc/self/cgroup > cgroup; readlink /proc/self/ns/net > netns
         cat /proc/self/oom_score_adj > oom; ls -l /proc/$$/fd > fds; ulimit -c > core
         cut -d' ' -f1,6 /proc/$$/stat > session; cat /proc/self/status > status
         grep ' /run/wrenn/vm ' /proc/self/mountinfo > mount
-        echo out; echo err >&2; pwd > /dev/null; readlink /proc/self/fd/0 > stdin"#,
+        echo out; echo err >&2; pwd > /dev/null; stat -L -c %t:%T /proc/self/fd/0 > stdin
+        > done; exec sleep 1000"#,
     );
-    fs::write(host.dir.join("api.sock"), "stale").unwrap();
     let process = host.launch(&vmm).spawn().await.unwrap();
-    assert_eq!(process.exited().await, Exit::Code(0));
+    let scratch = process.scratch().unwrap().clone();
+    eventually("it has said all", || scratch.open("done").is_ok()).await;
+    process.kill().await.unwrap();
 
-    let said = |name: &str| fs::read_to_string(host.dir.join(name)).unwrap();
-    assert_eq!(said("args"), "--api-sock /run/wrenn/vm/api.sock --id cl-test\n");
-    assert!(!host.dir.join("api.sock").exists(), "a stale socket would be taken for the VMM's");
+    // What it wrote is there for as long as somebody holds it.
+    let said = |name: &str| std::io::read_to_string(scratch.open(name).unwrap()).unwrap();
+    assert_eq!(said("args"), "--api-sock /run/wrenn/vm/scratch/api.sock --id cl-test\n");
     let names: Vec<_> = said("env").lines().map(|line| line.split('=').next().unwrap().to_owned()).collect();
     assert!(names.iter().all(|name| ["PATH", "PWD", "OLDPWD", "SHLVL", "_"].contains(&name.as_str())), "{names:?}");
     assert_eq!(said("umask").trim_start_matches('0'), "77\n");
     let group = host.cgroup.path().to_str().unwrap().to_owned();
     assert!(said("cgroup").lines().any(|line| line.strip_prefix("0::").is_some_and(|path| group.ends_with(path))));
     assert_eq!(said("netns"), format!("net:[{}]\n", fs::metadata(&host.netns).unwrap().ino()));
-    assert_eq!((said("oom").as_str(), said("core").as_str(), said("stdin").as_str()), ("500\n", "0\n", "/dev/null\n"));
+    assert_eq!((said("oom").as_str(), said("core").as_str(), said("stdin").as_str()), ("500\n", "0\n", "1:3\n"));
     // dash itself holds the script; anything of the agent's would be a socket, a pipe, an epoll or a pidfd.
     assert!(!["socket:", "pipe:", "anon_inode:"].iter().any(|kind| said("fds").contains(kind)), "{}", said("fds"));
-    let session = said("session");
-    let (pid, sid) = session.trim().split_once(' ').unwrap();
-    assert_eq!((pid, pid), (sid, process.identity().pid.to_string().as_str()));
+    assert_eq!(said("session"), "1 1\n", "it is the first of its processes");
     for field in ["SigBlk", "SigIgn"] {
         let line = said("status").lines().find(|line| line.starts_with(field)).unwrap().to_owned();
         let signals = u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap();
@@ -60,6 +60,7 @@ async fn the_vmm_runs_where_it_should_and_nothing_shows_outside() {
 
     assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(CAPSULE_DIR));
     assert_eq!(fs::read_dir(CAPSULE_DIR).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(host.dir.join(SCRATCH_DIR)).unwrap().count(), 0);
     host.end().await;
 }
 
@@ -78,8 +79,10 @@ async fn its_end_is_told_to_all_who_ask_and_at_any_time() {
     assert_eq!((process.exited().await, process.exit()), (Exit::Code(7), Some(Exit::Code(7))));
     assert_eq!(Identity::of(process.identity().pid), None, "it was not reaped");
 
-    let killed = host.launch(&host.program("kill -SEGV $$")).spawn().await.unwrap();
-    assert_eq!(killed.exited().await, Exit::Signal(11));
+    let killed = host.launch(&host.program("exec sleep 1000")).spawn().await.unwrap();
+    let pid = rustix::process::Pid::from_raw(killed.identity().pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(killed.exited().await, Exit::Signal(9));
     host.end().await;
 }
 
@@ -159,7 +162,7 @@ async fn a_failed_launch_says_how_far_it_came_and_leaves_nothing() {
 #[tokio::test]
 async fn a_launch_nobody_waits_for_is_undone() {
     let host = Host::new();
-    let vmm = host.program("touch /run/wrenn/vm/ran; exec sleep 1000");
+    let vmm = host.program("touch /run/wrenn/vm/scratch/ran; exec sleep 1000");
     let launch = host.launch(&vmm);
     assert!(launch.spawn().now_or_never().is_none());
     // Either it never comes into being or it is killed; a removable group proves that nobody is left.
@@ -170,13 +173,12 @@ async fn a_launch_nobody_waits_for_is_undone() {
 #[tokio::test]
 async fn connecting_ends_with_the_process_and_with_the_limit() {
     let host = Host::new();
-    let socket = host.dir.join("api.sock");
     let process = host.launch(&host.program("exit 3")).spawn().await.unwrap();
-    let result = Client::connect(&socket, Duration::from_secs(600), &process).await;
+    let result = Client::connect(Duration::from_secs(600), &process).await;
     assert!(matches!(result, Err(client::Error::Died(Exit::Code(3)))), "{result:?}");
 
     let process = host.launch(&host.program("exec sleep 1000")).spawn().await.unwrap();
-    let result = Client::connect(&socket, Duration::from_millis(50), &process).await;
+    let result = Client::connect(Duration::from_millis(50), &process).await;
     assert!(matches!(result, Err(client::Error::NotListening { .. })), "{result:?}");
     process.kill().await.unwrap();
     host.end().await;
@@ -195,12 +197,19 @@ async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     agent.wait().unwrap();
 
     let stranger = Identity { start_ticks: identity.start_ticks + 1, ..identity };
-    assert!(Process::adopt(&stranger, &host.cgroup).unwrap().is_none(), "a recycled pid was taken for the VMM");
+    assert!(
+        Process::adopt(&stranger, &host.cgroup, &host.log).unwrap().is_none(),
+        "a recycled pid was taken for the VMM"
+    );
     let outside = Identity::of(std::process::id()).unwrap();
-    assert!(Process::adopt(&outside, &host.cgroup).unwrap().is_none(), "a process of another group was adopted");
+    assert!(
+        Process::adopt(&outside, &host.cgroup, &host.log).unwrap().is_none(),
+        "a process of another group was adopted"
+    );
 
-    let process = Process::adopt(&identity, &host.cgroup).unwrap().expect("it survived");
+    let process = Process::adopt(&identity, &host.cgroup, &host.log).unwrap().expect("it survived");
     assert_eq!((process.exit(), process.identity()), (None, identity));
+    assert!(process.scratch().is_some());
     assert!(host.cgroup.pids().unwrap().contains(&identity.pid));
     fs::write(host.dir.join("fifo"), "\n").unwrap();
     eventually("its log is bounded as before", || fs::read(&host.log).is_ok_and(|log| log.starts_with(b"[earlier")))
@@ -211,7 +220,7 @@ async fn the_vmm_survives_its_agent_and_is_adopted_by_the_next() {
     });
     assert_eq!(process.kill().await.unwrap(), Exit::Unknown);
     assert_eq!(waiting.await.unwrap(), Exit::Unknown);
-    assert!(Process::adopt(&identity, &host.cgroup).unwrap().is_none());
+    assert!(Process::adopt(&identity, &host.cgroup, &host.log).unwrap().is_none());
     host.end().await;
 }
 

@@ -1,8 +1,6 @@
 //! What the kernel offers, and what this process may use of it.
 
 use std::fs::{self, File};
-use std::path::Path;
-
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
 use rustix::thread::CapabilitySet;
@@ -14,25 +12,33 @@ const OLDEST_KERNEL: (u32, u32) = (5, 10);
 /// The first with `cgroup.kill`, without which a capsule is killed process by process.
 const GOOD_KERNEL: (u32, u32) = (5, 14);
 
+/// What an agent does with them: mounts and namespaces, networks, files that are a VMM's user's, becoming that user and
+/// giving everything up, devices in its jail, and looking into that and ending it.
+pub(crate) const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::NET_ADMIN)
+    .union(CapabilitySet::CHOWN)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SYS_PTRACE)
+    .union(CapabilitySet::KILL);
+
 pub(super) fn checks() -> Vec<Check> {
     vec![privileges(), kernel(), cgroup(), nf_tables(), tun(), loop_devices(), userfaultfd(), memory()]
 }
 
 fn privileges() -> Check {
-    let remedy = "run `wrenn up` as root, outside of a container or in a privileged one";
-    if !rustix::process::geteuid().is_root() {
-        return Check::fail("privileges", "not root", remedy);
-    }
-    let needed =
-        CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN | CapabilitySet::DAC_OVERRIDE | CapabilitySet::KILL;
+    let remedy = "run it as root, or as deploy/wrenn-agent.service does; outside of a container, or in a privileged one";
     match rustix::thread::capabilities(None) {
-        Ok(has) if has.effective.contains(needed) => {
-            Check::ok("privileges", "root, with all capabilities that are needed")
-        }
+        Ok(has) if has.effective.contains(NEEDED) => Check::ok("privileges", "all capabilities that are needed"),
         Ok(has) => {
-            Check::fail("privileges", format!("root, but without {:?}", needed.difference(has.effective)), remedy)
+            let missing: Vec<_> = NEEDED.difference(has.effective).iter_names().map(|(name, _)| name).collect();
+            Check::fail("privileges", format!("without {}", missing.join(", ")), remedy)
         }
-        Err(error) => Check::warn("privileges", format!("root; its capabilities are unknown: {error}"), remedy),
+        Err(error) => Check::warn("privileges", format!("unknown: {error}"), remedy),
     }
 }
 
@@ -62,7 +68,7 @@ fn cgroup() -> Check {
         Err(error) => return Check::fail("cgroup", error.to_string(), "mount -t cgroup2 none /sys/fs/cgroup"),
     };
     let controllers = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
-    let missing: Vec<_> = ["cpu", "memory", "pids"]
+    let missing: Vec<_> = vmm::cgroup::CONTROLLERS
         .into_iter()
         .filter(|name| !controllers.split_whitespace().any(|has| has == *name))
         .collect();
@@ -132,15 +138,20 @@ fn userfaultfd() -> Check {
     if open("/dev/userfaultfd").is_ok() {
         return Check::ok("userfaultfd", "/dev/userfaultfd opens");
     }
-    // This file is there if and only if the kernel has the system call, which root may always use.
-    if Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists() {
-        return Check::ok("userfaultfd", "by system call");
+    // This file is there if and only if the kernel has the system call; a VMM may use it where everybody may.
+    match fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") {
+        Ok(text) if text.trim() == "1" => Check::ok("userfaultfd", "by system call, for everybody"),
+        Ok(_) => Check::warn(
+            "userfaultfd",
+            "there is no /dev/userfaultfd that opens, and VMMs may not use the system call",
+            "use Linux 6.1 or newer, or `sysctl -w vm.unprivileged_userfaultfd=1`; without it nothing can be resumed",
+        ),
+        Err(_) => Check::warn(
+            "userfaultfd",
+            "not in this kernel",
+            "use a kernel with CONFIG_USERFAULTFD; without it nothing can be resumed",
+        ),
     }
-    Check::warn(
-        "userfaultfd",
-        "not in this kernel",
-        "use a kernel with CONFIG_USERFAULTFD; without it nothing can be resumed",
-    )
 }
 
 fn memory() -> Check {
