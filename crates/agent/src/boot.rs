@@ -164,6 +164,8 @@ async fn make_all(host: Arc<Host>) {
 enum Error {
     #[error("preparing")]
     Prepare(#[source] io::Error),
+    #[error(transparent)]
+    Full(#[from] crate::admission::Full),
     #[error("booting")]
     Start(#[from] start::Error),
     #[error("saving")]
@@ -186,6 +188,8 @@ async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> 
         default_env: BTreeMap::new(),
         template_id: String::new(),
     };
+    // Only where there is room for it; but there is one at a time and soon gone, so nobody is refused because of it.
+    drop(host.admission.admit(&spec)?);
     let token = random_token().map_err(Error::Prepare)?;
     let mut journal = Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)?;
     let made = capture(host, &mut journal).await;

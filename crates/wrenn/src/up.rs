@@ -39,6 +39,8 @@ pub struct Up {
     objects: Option<::objects::Config>,
     #[command(flatten)]
     egress: crate::agent::Egress,
+    #[command(flatten)]
+    room: crate::agent::Room,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -72,7 +74,7 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress)?;
+        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress, self.room)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -98,6 +100,7 @@ impl Up {
         let agent_server =
             tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let watch = tokio::spawn(agent.clone().watch_capsules(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
         let control_server = tokio::spawn(async move { control.run(listener, stop).await });
 
@@ -119,6 +122,7 @@ impl Up {
         control_server.await?.context("the control plane")?;
         agent_server.await.context("the agent's listener")?;
         forget.await?;
+        watch.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
         if let Some((id, reason)) = unpaused.first() {
