@@ -45,9 +45,9 @@ test: images
 ## What a VMM must do and what the agent does with it, on a real Firecracker in an emulated host. NAME=... as above.
 test-host: images
 	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
-	cargo build -p wrenn -p firecracker-qemu
+	cargo build --workspace --bins --lib
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
-	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
+	cargo nextest run --workspace the_guest_is_made
 	tools/test-host.sh $(if $(NAME),'test($(NAME))')
 
 ## The table of docs/vmm.md, from what `make test` and `make test-host` found last.

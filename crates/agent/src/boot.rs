@@ -164,6 +164,8 @@ async fn make_all(host: Arc<Host>) {
 enum Error {
     #[error("preparing")]
     Prepare(#[source] io::Error),
+    #[error(transparent)]
+    Full(#[from] crate::admission::Full),
     #[error("booting")]
     Start(#[from] start::Error),
     #[error("saving")]
@@ -201,6 +203,8 @@ fn begin(host: &Host, image: &str, sizes: Sizes) -> Result<Journal, Error> {
         default_env: BTreeMap::new(),
         template_id: String::new(),
     };
+    // Only where there is room for it; but there is one at a time and soon gone, so nobody is refused because of it.
+    drop(host.admission.admit(&spec)?);
     let token = random_token().map_err(Error::Prepare)?;
     Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)
 }

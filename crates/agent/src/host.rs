@@ -8,8 +8,8 @@ use std::time::Duration;
 use api::CapsuleId;
 use api::egress::Cidr;
 use disk::{Disks, ImageName};
-use network::Network;
 use network::slot::Slot;
+use network::{Network, Traffic};
 use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tracing::{debug, info, warn};
 use vmm::cgroup::Cgroup;
 
+use crate::admission::{self, Admission};
 use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
@@ -70,6 +71,8 @@ pub struct Config {
     pub slots_ready: usize,
     /// The user that the VMM in slot N runs as has the number `vmm_users` + N; see [`VMM_USERS`].
     pub vmm_users: u32,
+    /// How far the host may be promised to capsules.
+    pub limits: admission::Limits,
 }
 
 /// Where the users of VMMs begin: above those of people and services, and below those that are handed out for containers by
@@ -111,6 +114,8 @@ pub struct Host {
     pub boots: Boots,
     /// Where what is paused goes too.
     pub objects: Option<Objects>,
+    /// What is promised to capsules that run.
+    pub admission: Admission,
     /// One for each upload that may be under way.
     pub uploads: Semaphore,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
@@ -206,7 +211,22 @@ impl Host {
         let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
         let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
         let egress = Egress::new(network.clone());
-        Ok(Self { config, network, egress, disks, cgroups, images, instance, memory, boots, objects, uploads })
+        // The volume of disks may be a file that is larger than what is free below it.
+        let admission = Admission::new(&config.limits, vec![disks.root().to_owned(), config.dir.clone()]);
+        Ok(Self {
+            config,
+            network,
+            egress,
+            disks,
+            cgroups,
+            images,
+            instance,
+            memory,
+            boots,
+            objects,
+            uploads,
+            admission,
+        })
     }
 
     /// The directory of all capsules' directories.
@@ -279,6 +299,11 @@ impl Host {
             egress.end(slot);
             network.give_back(slot)
         })
+    }
+
+    /// What went through every slot of this agent.
+    pub fn traffic(&self) -> Result<BTreeMap<Slot, Traffic>, network::Error> {
+        self.network.traffic()
     }
 
     /// Takes every slot of an earlier run that is not in `keep`, and begins to keep slots ready.

@@ -12,6 +12,7 @@
 
 mod backend;
 mod error;
+mod extents;
 mod image;
 mod loop_device;
 mod sparse;
@@ -26,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use backend::Backend;
 pub use error::Error;
+pub use extents::own_bytes;
 pub use image::{ImageName, InvalidName};
 use volume::Volume;
 

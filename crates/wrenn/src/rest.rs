@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::{
-    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody, ErrorCode,
-    ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, SetEgress, Signal,
-    Template,
+    Capsule, CapsuleId, CapsuleMetrics, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody,
+    ErrorCode, ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, MetricsRange, ProcessList,
+    SetEgress, Signal, Template,
 };
 use clap::Args;
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
@@ -174,6 +174,12 @@ impl Client {
     /// What runs in the capsule.
     pub async fn processes(&self, id: CapsuleId) -> Result<ProcessList> {
         self.read(self.request(Method::GET, &format!("/v1/capsules/{id}/processes")).timeout(CALL_LIMIT)).await
+    }
+
+    /// What a capsule used, as far back as `range`.
+    pub async fn metrics(&self, id: CapsuleId, range: MetricsRange) -> Result<CapsuleMetrics> {
+        let request = self.request(Method::GET, &format!("/v1/capsules/{id}/metrics")).query(&[("range", range)]);
+        self.read(request.timeout(CALL_LIMIT)).await
     }
 
     /// Ends a process, named by its pid or tag.

@@ -42,6 +42,8 @@ pub struct Up {
     /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
     vmm_users: u32,
+    #[command(flatten)]
+    room: crate::agent::Room,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -75,8 +77,15 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config =
-            crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress, self.vmm_users)?;
+        let config = crate::agent::config(
+            dir.clone(),
+            choice.binary,
+            images,
+            self.objects,
+            self.egress,
+            self.vmm_users,
+            self.room,
+        )?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -102,6 +111,7 @@ impl Up {
         let agent_server =
             tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let watch = tokio::spawn(agent.clone().watch_capsules(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
         let control_server = tokio::spawn(async move { control.run(listener, stop).await });
 
@@ -123,6 +133,7 @@ impl Up {
         control_server.await?.context("the control plane")?;
         agent_server.await.context("the agent's listener")?;
         forget.await?;
+        watch.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
         if let Some((id, reason)) = unpaused.first() {
@@ -137,7 +148,9 @@ impl Up {
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
     let missing = crate::doctor::NEEDED.difference(rustix::thread::capabilities(None)?.effective);
     if !missing.is_empty() {
-        bail!("this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks");
+        bail!(
+            "this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks"
+        );
     }
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
     fs::set_permissions(dir, Permissions::from_mode(0o700))?;

@@ -201,6 +201,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         egress_deny: Vec::new(),
         slots_ready: agent::SLOTS_READY,
         vmm_users: agent::VMM_USERS,
+        limits: agent::admission::Limits::default(),
     })
 }
 

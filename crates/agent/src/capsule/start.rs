@@ -15,6 +15,7 @@ use vmm::process::{Companion, Exit, Launch, Process};
 
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::{Spec, files};
+use crate::admission::{Full, Resource};
 use crate::guest::{self, Guest, Restoring};
 use crate::host::{Host, blocking};
 use crate::point::Point;
@@ -104,6 +105,13 @@ impl Error {
     /// Whether what the capsule begins from is damaged, so that trying again is of no use.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(PAGER_DAMAGED))
+    }
+
+    /// What the host had not enough of, if that is why.
+    pub fn is_full(&self) -> Option<Full> {
+        let slots = u64::from(Slot::MAX.get());
+        let full = Full { resource: Resource::Slots, asked: 1, used: slots, limit: slots };
+        matches!(self, Self::Claim(network::Error::Exhausted)).then_some(full)
     }
 
     /// Whether the cause may be what the capsule begins from, so that beginning otherwise may succeed.

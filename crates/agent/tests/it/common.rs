@@ -160,6 +160,7 @@ pub fn config(dir: &Path) -> Config {
         // What is ready would be counted with what capsules hold.
         slots_ready: 0,
         vmm_users: agent::VMM_USERS,
+        limits: agent::admission::Limits::default(),
     }
 }
 

@@ -7,4 +7,5 @@ mod killed;
 mod pause;
 mod points;
 mod remote;
+mod room;
 mod start;
