@@ -1,14 +1,17 @@
 //! The reverse proxy between control plane, host agent and guest: HTTP/1.1, streaming both ways, nothing decoded.
 //!
 //! One [`Upstream`] is one destination and its connection pool; dropping it closes the pool, so a destroyed capsule's
-//! connections go with it. [`serve()`] is the other end: listening. [`path`] is how a host names a guest's port. Who may reach
-//! which destination is the caller's business, and so are credentials, pages for people and what becomes of a [`Tunnel`].
+//! connections go with it. [`serve()`] is the other end: listening, with a [`Lane`] aside for what may be much. [`path`] is how a
+//! host names a guest's port. Who may reach which destination is the caller's business, and so are credentials, pages for people
+//! and what becomes of a [`Tunnel`].
 
 mod dial;
 mod expect;
 mod headers;
+mod lane;
 pub mod path;
 mod serve;
+mod tls;
 mod upgrade;
 
 use std::io;
@@ -29,7 +32,9 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use dial::{Dial, Heard};
 pub use dial::{Io, Target};
-pub use serve::{Listener, Peer, serve};
+pub use lane::{Lane, aside, back};
+pub use serve::{Listener, Peer, Secure, serve};
+pub use tls::Tls;
 pub use upgrade::Tunnel;
 
 /// Any error of a body, from either side.
