@@ -55,10 +55,16 @@ impl Aside {
         let number = self.number;
         let made = self.runtime.get_or_init(|| {
             let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(threads_aside());
             builder.thread_name("wrenn-ports").on_thread_start(move || HERE.set(number)).enable_all().build().ok()
         });
         made.as_ref().map(Runtime::handle)
     }
+}
+
+/// How many threads a listener has aside: half as many as there are processors, so that no flood has all of them.
+pub fn threads_aside() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
 
 impl Drop for Aside {

@@ -116,7 +116,7 @@ async fn who_is_at_home_waits_for_nobody_aside() {
     let door = Arc::new(Door::default());
     let address = server(door.clone(), std::future::pending()).await;
     // Every thread that there is aside.
-    let threads = std::thread::available_parallelism().unwrap().get();
+    let threads = proxy::threads_aside();
     let held: Vec<_> = (0..threads)
         .map(|_| {
             tokio::spawn(async move {

@@ -45,7 +45,7 @@ impl Proxy {
              map $http_upgrade $connection_upgrade {{ default upgrade; '' ''; }}\n\
              upstream app {{ server {upstream}; keepalive 64; keepalive_requests 1000000000; }}\n\
              server {{\nlisten {address};\nkeepalive_requests 1000000000;\ntcp_nodelay on;\n\
-             location / {{\nproxy_pass http://app;\nproxy_http_version 1.1;\nproxy_buffering off;\nproxy_buffer_size 64k;\n\
+             location / {{\nproxy_pass http://app;\nproxy_http_version 1.1;\nproxy_buffering off;\nproxy_buffer_size 64k;\nproxy_buffers 8 64k;\n\
              proxy_request_buffering off;\nproxy_set_header Host $http_host;\nproxy_set_header Upgrade $http_upgrade;\n\
              proxy_set_header Connection $connection_upgrade;\nproxy_set_header X-Forwarded-For $remote_addr;\n\
              proxy_set_header X-Forwarded-Host $http_host;\nproxy_set_header X-Forwarded-Proto $scheme;\n}}\n}}\n}}\n",
@@ -77,7 +77,7 @@ impl Proxy {
     pub fn caddy(dir: &Path, upstream: SocketAddr) -> Result<Self> {
         let address = free_address()?;
         let config = format!(
-            "{{\n\tadmin off\n\tauto_https off\n\tpersist_config off\n}}\nhttp://:{} {{\n\tbind 127.0.0.1\n\
+            "{{\n\tadmin off\n\tauto_https off\n}}\nhttp://:{} {{\n\tbind 127.0.0.1\n\
              \treverse_proxy {upstream} {{\n\t\tflush_interval -1\n\t\ttransport http {{\n\t\t\tcompression off\n\
              \t\t\tkeepalive_idle_conns_per_host 64\n\t\t}}\n\t}}\n}}\n",
             address.port()

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::socket::Socket;
-use crate::world::{World, on_both};
+use crate::world::{PATIENCE, World, on_both};
 
 on_both![output_waits_for_its_reader, an_answer_waits_for_its_reader];
 
@@ -24,14 +24,17 @@ const LINE: u64 = 16;
 
 /// What `written` says once it says the same for a while.
 async fn settled(written: impl Fn() -> u64) -> u64 {
-    let (mut last, mut same) = (0, 0);
-    while same < 20 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let now = written();
-        same = if now == last && now > 0 { same + 1 } else { 0 };
-        last = now;
-    }
-    last
+    let settling = async {
+        let (mut last, mut same) = (0, 0);
+        while same < 20 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let now = written();
+            same = if now == last && now > 0 { same + 1 } else { 0 };
+            last = now;
+        }
+        last
+    };
+    tokio::time::timeout(PATIENCE, settling).await.expect("something is written")
 }
 
 async fn output_waits_for_its_reader(world: World) {
