@@ -69,11 +69,12 @@ dev: images
 
 # What ours is measured beside.
 bench-guest-path: PEER = openssh-server
+bench-proxy: PEER = nginx-light haproxy caddy
 bench-snapshot-store: PEER = qemu-utils zstd
 bench-slots: PEER = iptables
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 
-## One parser against ten minutes of made-up input: api, egress, files, guest, pager or snapshot.
+## One parser against ten minutes of made-up input: api, egress, files, guest, pager, proxy or snapshot.
 fuzz-%:
 	tools/fuzz.sh $*

@@ -212,6 +212,7 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
     };
+    proxy::back(request.extensions()).await;
     let (guest, open) = match admit(&agent, &id).await {
         Ok(admitted) => admitted,
         Err(Shut::Unknown) => {

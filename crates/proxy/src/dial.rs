@@ -18,6 +18,8 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::lane::Roaming;
+
 /// Dials of one connection; after the n-th failure n × [`PAUSE`] passes.
 const DIALS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(100);
@@ -82,7 +84,7 @@ async fn once(target: &Target) -> io::Result<Box<dyn Io>> {
     let stream = match target {
         Target::Address(address) => TcpStream::connect(address).await?,
         Target::Name(name) => TcpStream::connect(name.as_str()).await?,
-        Target::Socket(path) => return Ok(Box::new(UnixStream::connect(path).await?)),
+        Target::Socket(path) => return Ok(Box::new(Roaming::new(UnixStream::connect(path).await?))),
     };
     readied(stream)
 }
@@ -90,7 +92,7 @@ async fn once(target: &Target) -> io::Result<Box<dyn Io>> {
 fn readied(stream: TcpStream) -> io::Result<Box<dyn Io>> {
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
-    Ok(Box::new(stream))
+    Ok(Box::new(Roaming::new(stream)))
 }
 
 /// A connection of any kind.
