@@ -96,7 +96,7 @@ pub fn objects(address: &str) -> Result<::objects::Config, ::objects::Error> {
 }
 
 /// Numbers of users, of which none is root, nor beyond what the kernel has.
-pub fn vmm_users() -> clap::builder::RangedU64ValueParser<u32> {
+pub fn vmm_users() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1000..=2_000_000_000)
 }
 

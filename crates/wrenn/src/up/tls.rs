@@ -180,7 +180,7 @@ impl ResolvesServerCert for Authority {
 fn make(names: Names) -> Result<Kept> {
     let now = SystemTime::now();
     let mut serial = [0; 4];
-    rustix::rand::getrandom(&mut serial, rustix::rand::GetRandomFlags::empty())?;
+    getrandom::fill(&mut serial)?;
     let name = format!("Wrenn on this machine, {:08x}", u32::from_be_bytes(serial));
     let key = KeyPair::generate()?;
     let mut params = authority(&name, &names);
