@@ -137,7 +137,9 @@ impl Up {
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf> {
     let missing = crate::doctor::NEEDED.difference(rustix::thread::capabilities(None)?.effective);
     if !missing.is_empty() {
-        bail!("this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks");
+        bail!(
+            "this needs root: it makes network namespaces, mounts and control groups; `wrenn doctor` says what it lacks"
+        );
     }
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
     fs::set_permissions(dir, Permissions::from_mode(0o700))?;

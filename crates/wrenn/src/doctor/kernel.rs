@@ -1,9 +1,9 @@
 //! What the kernel offers, and what this process may use of it.
 
-use std::fs::{self, File};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
 use rustix::thread::CapabilitySet;
+use std::fs::{self, File};
 
 use super::Check;
 
@@ -31,7 +31,8 @@ pub(super) fn checks() -> Vec<Check> {
 }
 
 fn privileges() -> Check {
-    let remedy = "run it as root, or as deploy/wrenn-agent.service does; outside of a container, or in a privileged one";
+    let remedy =
+        "run it as root, or as deploy/wrenn-agent.service does; outside of a container, or in a privileged one";
     match rustix::thread::capabilities(None) {
         Ok(has) if has.effective.contains(NEEDED) => Check::ok("privileges", "all capabilities that are needed"),
         Ok(has) => {
