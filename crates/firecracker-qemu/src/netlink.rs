@@ -45,6 +45,13 @@ pub enum Error {
     Refused { what: &'static str, device: String, source: io::Error },
 }
 
+impl Error {
+    /// Whether it takes privileges that this process does not have.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Refused { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+}
+
 /// Which way packets pass the tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -65,7 +72,7 @@ pub enum Limit {
 /// there if whoever made the tap has put it there.
 pub fn add_address(device: &str, address: Ipv4Addr) -> Result<bool, Error> {
     match address_request(RTM_NEWADDR, CREATE | REPLACE, "an address", device, address) {
-        Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+        Err(error) if error.is_denied() => Ok(false),
         added => added.map(|()| true),
     }
 }

@@ -5,12 +5,15 @@
 //! IPv4 options (with which a packet could choose its way), and claims about whose address is whose. What arrives and is
 //! meant for the namespace itself ends here too, but for what was put there for guests.
 
+use crate::limits::{EGRESS_BURST, EGRESS_BYTES_PER_SECOND};
 use crate::netlink::{Error, Socket};
-use crate::nft::{Batch, Expr, Hook};
+use crate::nft::{Batch, Expr, Hook, Memory};
 use crate::policy::{HTTP, METADATA};
 use crate::slot::{GUEST_ADDRESS, GUEST_MAC, TAP, TAP_ADDRESS, UPLINK_IN_NETNS};
 
 const TABLE: &str = "guard";
+/// What a VMM lets through that does not hold back its guest, or not any more.
+const RATE: Memory = Memory::BytesOver { per_second: EGRESS_BYTES_PER_SECOND, burst: EGRESS_BURST };
 
 /// Puts the guard into the namespace of `socket`, which has none. `user` is whose VMM is in it.
 pub(crate) fn set(user: u32, socket: &Socket) -> Result<(), Error> {
@@ -36,6 +39,7 @@ fn frames() -> Batch<'static> {
     batch.add_table();
     batch.add_device_chain("frames", TAP);
     batch.add_rule("frames", &[LinkIsNot(SENDER, &GUEST_MAC), Drop]);
+    batch.add_rule("frames", &[Remembered(RATE), Drop]);
     batch.add_rule(
         "frames",
         &[Ethertype(libc::ETH_P_IP), NetworkIs(0, &[IPV4_WITHOUT_OPTIONS]), Saddr(GUEST_ADDRESS), Accept],

@@ -132,7 +132,11 @@ pub struct Client {
 impl Client {
     /// Waits until `process` listens, and learns its version. Gives up after `limit`, or when the process ends.
     pub async fn connect(limit: Duration, process: &Process) -> Result<Self, Error> {
-        let Some(scratch) = process.scratch() else { return Err(Error::Died(process.exited().await)) };
+        let Some(scratch) = process.scratch() else {
+            // It had ended before it could be looked at; or it is none that was started here, and can be waited for in vain.
+            let ended = timeout(limit, process.exited()).await;
+            return Err(ended.map_or_else(|_| Error::Connect(io::ErrorKind::NotFound.into()), Error::Died));
+        };
         let waiting = pin!(Self::listen(scratch, limit));
         match select(waiting, pin!(process.exited())).await {
             Either::Left((result, _)) => result,

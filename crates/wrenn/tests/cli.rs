@@ -123,6 +123,8 @@ fn doctor_reports_on_this_machine() {
         "loop",
         "userfaultfd",
         "memory",
+        "users",
+        "jail",
         "reflink",
         "xfs",
         "disk",
@@ -137,7 +139,7 @@ fn doctor_reports_on_this_machine() {
     assert_eq!(report["vmm"].is_null(), named("vmm")["verdict"] == "fail");
     assert_eq!(named("kvm")["verdict"] == "ok", vmm::kvm::probe(Path::new("/dev/kvm")) == vmm::kvm::Kvm::Usable);
     // Tests run as root, on a machine that the project's other tests make networks on.
-    for name in ["privileges", "kernel", "nf_tables", "tun"] {
+    for name in ["privileges", "kernel", "nf_tables", "tun", "users", "jail"] {
         assert_eq!(named(name)["verdict"], "ok", "{}", named(name));
     }
 

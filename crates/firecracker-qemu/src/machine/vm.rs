@@ -358,6 +358,14 @@ impl Vm {
             // A predecessor that was killed left its limits on the tap.
             match netlink::set_limits(&interface.host_dev_name, &limits) {
                 Err(error) if limits.is_empty() => tracing::debug!("no limits to clear: {}", crate::log::chain(&error)),
+                // In a jail: whoever made the tap then limits it.
+                Err(error) if error.is_denied() => {
+                    tracing::warn!(
+                        "{} is not limited from here: {}",
+                        interface.host_dev_name,
+                        crate::log::chain(&error)
+                    );
+                }
                 outcome => outcome?,
             }
         }

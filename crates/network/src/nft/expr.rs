@@ -29,6 +29,8 @@ pub(crate) enum Memory {
     Counter,
     /// Matches packets above that many in a second, once `burst` of them were sent at once.
     RateOver { per_second: u64, burst: u32 },
+    /// Matches packets that make it more bytes than that in a second, once `burst` of them were sent at once.
+    BytesOver { per_second: u64, burst: u32 },
     /// Matches packets whose connection is one too many.
     ConnectionsOver(u32),
 }
@@ -217,6 +219,13 @@ impl Memory {
                 a.long(NFTA_LIMIT_UNIT, 1);
                 a.number(NFTA_LIMIT_BURST, burst);
                 a.number(NFTA_LIMIT_TYPE, 0);
+                a.number(NFTA_LIMIT_FLAGS, OVER);
+            }),
+            Self::BytesOver { per_second, burst } => a.expression_as(kind, "limit", |a| {
+                a.long(NFTA_LIMIT_RATE, per_second);
+                a.long(NFTA_LIMIT_UNIT, 1);
+                a.number(NFTA_LIMIT_BURST, burst);
+                a.number(NFTA_LIMIT_TYPE, 1);
                 a.number(NFTA_LIMIT_FLAGS, OVER);
             }),
             Self::ConnectionsOver(most) => a.expression_as(kind, "connlimit", |a| {
