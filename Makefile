@@ -39,6 +39,8 @@ demo: build
 test: images
 	tools/setup.sh chromium
 	cargo build --workspace --bins --lib
+	cargo nextest run --workspace --no-run
+# After everything that builds, which puts its own there.
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)
 
@@ -46,7 +48,6 @@ test: images
 test-host: images
 	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
 	cargo build --workspace --bins --lib
-	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace the_guest_is_made
 	tools/test-host.sh $(if $(NAME),'test($(NAME))')
 

@@ -57,7 +57,7 @@ cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
   strip --strip-debug -o "$host$program" "$program"
 done
 # Unchanged, as its bytes name the template.
-cp "$target/debug/envd" "$host$target/debug/"
+cp "$target/envd" "$host$target/debug/"
 mkdir -p "$host$target/tmp"
 cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
 cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"

@@ -77,11 +77,10 @@ fn time_of(point: &Point) -> String {
 
 /// With a unit in which it is short.
 fn size(bytes: u64) -> String {
-    match bytes {
-        ..1024 => format!("{bytes} B"),
-        ..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        ..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
-        _ => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
+    let bytes = bytes as f64;
+    match [("GiB", 30), ("MiB", 20), ("KiB", 10)].into_iter().find(|(_, bits)| bytes >= f64::from(1 << bits)) {
+        Some((unit, bits)) => format!("{:.1} {unit}", bytes / f64::from(1 << bits)),
+        None => format!("{bytes} B"),
     }
 }
 
