@@ -41,7 +41,7 @@ fi
 host=$work/host
 mkdir -p "$host/bin"
 printf '%s\n%s\n' "$root" "$target" >"$host/places"
-tests=(-p agent -p end-to-end -p firecracker-qemu -p vmm
+tests=(-p agent -p disk -p end-to-end -p firecracker-qemu -p vmm
   --test it --test conformance --test cli --test lifecycle --test ports --test proxy --test pty --test recovery)
 cargo nextest list "${tests[@]}" --list-type binaries-only --message-format json >"$host/binaries-metadata.json"
 cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"

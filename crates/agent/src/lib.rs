@@ -33,6 +33,7 @@ use tracing::{info, warn};
 use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal, remote};
+pub use disk::Backend as DiskBackend;
 use host::Host;
 pub use host::{Config, SLOTS_READY, Sizes};
 use templates::Templates;

@@ -10,6 +10,7 @@
 //! its successor cannot find. It refuses to restart a VMM: what to do about an end is for its owner to decide.
 
 mod launch;
+mod show;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -68,6 +69,17 @@ pub enum Error {
         /// Which process.
         pid: u32,
         /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A device could not be put where it looks for it.
+    #[error("cannot show {} to process {pid}", device.display())]
+    Show {
+        /// Which process.
+        pid: u32,
+        /// What it was to find.
+        device: PathBuf,
+        /// Why it does not.
         #[source]
         source: io::Error,
     },
@@ -164,6 +176,13 @@ impl Process {
     /// Where the agent finds what the process sees as `path` in its own mount namespace.
     pub fn sees(&self, path: &Path) -> PathBuf {
         Path::new("/proc").join(self.identity.pid.to_string()).join("root").join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// Has the process find `device`, a file or device node of ours, where it sees the file `path` now. What it has open stays
+    /// what it is; nobody else sees anything of it.
+    pub async fn show(&self, device: PathBuf, path: PathBuf) -> Result<(), Error> {
+        let pid = self.identity.pid;
+        show::show(pid, &device, path).await.map_err(|source| Error::Show { pid, device, source })
     }
 
     /// The group all its processes are in.

@@ -37,7 +37,18 @@ pub struct AgentCommand {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: Disks,
+    #[command(flatten)]
     egress: Egress,
+}
+
+/// How root disks are made.
+#[derive(Debug, Default, Args)]
+pub struct Disks {
+    /// How root disks are made: reflink, device-mapper (which reserves all of a disk before it is used) or copy, in place of the
+    /// best way that needs nothing but the directory.
+    #[arg(long = "disks", env = "WRENN_DISKS", value_name = "HOW")]
+    backend: Option<::agent::DiskBackend>,
 }
 
 /// What the operator says that capsules may reach, whatever is asked for them.
@@ -69,7 +80,7 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images, self.objects, self.egress)?;
+        let config = config(dir, choice.binary, images, self.objects, self.disks, self.egress)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -94,6 +105,7 @@ pub fn config(
     vmm: PathBuf,
     images: Images,
     objects: Option<::objects::Config>,
+    disks: Disks,
     egress: Egress,
 ) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
@@ -112,5 +124,6 @@ pub fn config(
         egress_allow: egress.allow,
         egress_deny: egress.deny,
         slots_ready: ::agent::SLOTS_READY,
+        disks: disks.backend,
     })
 }

@@ -38,6 +38,8 @@ pub struct Up {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: crate::agent::Disks,
+    #[command(flatten)]
     egress: crate::agent::Egress,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
@@ -72,7 +74,7 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress)?;
+        let config = crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.disks, self.egress)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;

@@ -195,6 +195,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         egress_allow: Vec::new(),
         egress_deny: Vec::new(),
         slots_ready: agent::SLOTS_READY,
+        disks: None,
     })
 }
 

@@ -164,7 +164,7 @@ impl Driver {
                 Err(error) if error.is_of_origin() => {
                     warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
                     self.host.boots.discard(&point);
-                    if stop(&self.host, id, Some(self.journal.record())).await.is_err() {
+                    if stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await.is_err() {
                         return Err(error);
                     }
                     let begin_anew = |record: &mut Record| {
@@ -333,7 +333,7 @@ impl Driver {
     /// Gives back what runs of a capsule whose record says that it is paused.
     async fn put_aside(&mut self) {
         let id = self.journal.record().spec.id;
-        match stop(&self.host, id, Some(self.journal.record())).await {
+        match stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
             // Recorded or not: what is gone is given back again without harm.
             Ok(()) => {
                 let _ = self.stopped(|_| {});
@@ -389,7 +389,7 @@ impl Driver {
     /// After a resume that came to nothing: the disk that the pause had, and nothing that runs.
     async fn back_to_paused(&mut self) {
         let id = self.journal.record().spec.id;
-        if let Err(errors) = stop(&self.host, id, Some(self.journal.record())).await {
+        if let Err(errors) = stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
             for error in &errors {
                 error!(capsule = %id, error = crate::chain(error), "left behind by a resume");
             }

@@ -18,13 +18,17 @@ pub enum Error {
     /// The network stayed.
     #[error("removing the network")]
     Network(#[source] network::Error),
+    /// The root disk is still in use.
+    #[error("taking back the root disk")]
+    Disk(#[source] disk::Error),
     /// The directory stayed.
     #[error("removing the capsule's directory")]
     Directory(#[source] std::io::Error),
 }
 
-/// Ends what runs of the capsule `id` and frees its network, as `record` names it (or its id alone tells). Its files stay.
-pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result<(), Vec<Error>> {
+/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network and its disk's device, as `record` names
+/// it (or its id alone tells). Its files stay.
+pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
     if let Err(error) = cgroup.kill().await {
@@ -38,12 +42,16 @@ pub async fn stop(host: &Host, id: CapsuleId, record: Option<&Record>) -> Result
     {
         errors.push(Error::Network(error));
     }
+    // Last: the VMM has let it go.
+    if let Err(error) = host.detach_disk(&dir.join(files::DISK)).await {
+        errors.push(Error::Disk(error));
+    }
     if errors.is_empty() { Ok(()) } else { Err(errors) }
 }
 
 /// Ends the capsule `id`, whose directory is `dir`, and gives back all of it.
 pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
-    stop(host, id, record).await?;
+    stop(host, id, dir, record).await?;
     files::remove_all(&host.memory, dir).map_err(|error| vec![Error::Directory(error)])?;
     collect(&host.memory);
     Ok(())

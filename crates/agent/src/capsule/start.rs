@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use disk::Attached;
 use guest_api::RestoreKind;
 use network::slot::{GUEST_MAC, Slot, TAP};
 use serde::Serialize;
@@ -66,6 +67,9 @@ pub enum Error {
     /// The root disk could not be made.
     #[error("making the root disk")]
     Disk(#[source] disk::Error),
+    /// The disk's device could not be given to the VMM.
+    #[error("giving the disk to the VMM")]
+    Show(#[source] vmm::process::Error),
     /// What the capsule begins from could not be taken over.
     #[error("taking over the snapshot")]
     Place(#[source] io::Error),
@@ -134,6 +138,7 @@ impl Error {
             | Self::Egress(_)
             | Self::NoImage(_)
             | Self::Disk(_)
+            | Self::Show(_)
             | Self::Cgroup(_)
             | Self::Launch(_)
             | Self::Pager(_)
@@ -238,7 +243,7 @@ pub async fn start(
     // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
     let (process, placed) =
         tokio::join!(launch(host, journal.record(), &dir, slot), place(host, &dir, origin, journal.record()));
-    let (process, Placed { saved, pager }) = (process?, placed?);
+    let (process, Placed { saved, pager, device }) = (process?, placed?);
     let recorded = journal.update(|record| {
         record.vmm = Some(process.identity());
         record.pager = pager.as_ref().map(Process::identity);
@@ -253,6 +258,10 @@ pub async fn start(
         }
     });
     recorded.map_err(Error::Record)?;
+    if let Some(device) = device {
+        let disk = Path::new(vmm::CAPSULE_DIR).join(files::DISK);
+        process.show(device, disk).await.map_err(Error::Show)?;
+    }
     if cancelled.is_cancelled() {
         return Err(Error::Cancelled);
     }
@@ -325,6 +334,8 @@ struct Placed {
     /// The snapshot; none is booted from.
     saved: Option<Saved>,
     pager: Option<Process>,
+    /// What the VMM has to find in place of the disk's file.
+    device: Option<PathBuf>,
 }
 
 /// Puts what the capsule begins from into its directory, and starts the pager where there is memory to serve.
@@ -336,8 +347,9 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
             let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
             let size = u64::from(spec.disk_mib) << 20;
             host.clone_image(image, &rootfs, size).await.map_err(Error::Disk)?;
+            let device = attach(host, &rootfs).await?;
             debug!(capsule = %spec.id, "disk made");
-            return Ok(Placed { saved: None, pager: None });
+            return Ok(Placed { saved: None, pager: None, device });
         }
         Origin::Pause => {
             let Base::Snapshot(saved) = base else { return Err(Error::State) };
@@ -361,12 +373,13 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
             saved
         }
     };
+    let device = attach(host, &rootfs).await?;
     debug!(capsule = %spec.id, "snapshot placed");
     let working_set = origin.working_set(dir);
     if record.is_remote {
         check_state(dir, &saved).await?;
         let pager = pager(host, spec, dir, Served::Remote, working_set.as_deref()).await?;
-        return Ok(Placed { saved: Some(saved), pager: Some(pager) });
+        return Ok(Placed { saved: Some(saved), pager: Some(pager), device });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
@@ -374,7 +387,15 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record) -> 
     let pager = pager(host, spec, dir, Served::Own(saved.number), working_set.as_deref()).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
-    Ok(Placed { saved: Some(saved), pager: Some(pager) })
+    Ok(Placed { saved: Some(saved), pager: Some(pager), device })
+}
+
+/// Makes the disk ready; returns what the VMM has to find in its place, if anything.
+async fn attach(host: &Host, rootfs: &Path) -> Result<Option<PathBuf>, Error> {
+    match host.attach_disk(rootfs).await.map_err(Error::Disk)? {
+        Attached::File => Ok(None),
+        Attached::Device(device) => Ok(Some(device)),
+    }
 }
 
 /// Refuses a damaged snapshot before anything is begun from it. Pages are checked as they are read.

@@ -159,6 +159,7 @@ pub fn config(dir: &Path) -> Config {
         egress_deny: Vec::new(),
         // What is ready would be counted with what capsules hold.
         slots_ready: 0,
+        disks: std::env::var("WRENN_DISKS").ok().map(|how| how.parse().unwrap()),
     }
 }
 
