@@ -1,6 +1,7 @@
 //! One suite for every way to make disks, on real file systems and as root.
 
 mod full;
+mod power;
 mod suite;
 mod world;
 
@@ -32,6 +33,7 @@ on_every_backend!(
     suite::disks_of_different_kinds_live_in_one_directory,
     full::a_disk_that_does_not_fit_fails_in_its_own_writes_or_before,
     full::a_disk_that_was_attached_can_be_filled_though_nothing_else_fits,
+    power::a_pause_that_was_acknowledged_survives_a_power_cut,
 );
 
 /// Runs the test, or sees that this machine says what it lacks: a kernel without device-mapper makes no such disks. The
