@@ -16,6 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use crate::Error;
@@ -111,7 +112,8 @@ impl Devices {
 
     /// The device over `disk`, if it is there.
     pub(crate) fn find(&self, disk: &Path) -> Result<Option<PathBuf>, Error> {
-        let minor = mapper()?.find(&self.name(disk)).map_err(Error::device("look for the device of", disk))?;
+        let Some(mapper) = mapper_if_any()? else { return Ok(None) };
+        let minor = mapper.find(&self.name(disk)).map_err(Error::device("look for the device of", disk))?;
         Ok(minor.map(node))
     }
 
@@ -123,11 +125,11 @@ impl Devices {
 
     /// Writes out what was written to `disk`, and holds back what comes for as long as `work` takes.
     pub(crate) fn while_still<T>(&self, disk: &Path, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
-        let (mapper, name) = (mapper()?, self.name(disk));
-        if mapper.find(&name).map_err(Error::device("look for the device of", disk))?.is_none() {
+        if self.find(disk)?.is_none() {
             return work();
         }
         self.sync(disk)?;
+        let (mapper, name) = (mapper()?, self.name(disk));
         mapper.suspend(&name).map_err(Error::device("suspend the device of", disk))?;
         let done = work();
         mapper.resume(&name).map_err(Error::device("resume the device of", disk))?;
@@ -136,12 +138,13 @@ impl Devices {
 
     /// Removes the device over `disk`, if there is one, and gives back what the disk does not take.
     pub(crate) fn detach(&self, disk: &Path) -> Result<(), Error> {
-        let mapper = mapper()?;
-        mapper.remove_when_unused(&self.name(disk)).map_err(|source| match source.kind() {
-            io::ErrorKind::ResourceBusy => Error::Busy(disk.to_owned()),
-            _ => Error::device("remove the device of", disk)(source),
-        })?;
-        self.remove_images(&mapper)?;
+        if let Some(mapper) = mapper_if_any()? {
+            mapper.remove_when_unused(&self.name(disk)).map_err(|source| match source.kind() {
+                io::ErrorKind::ResourceBusy => Error::Busy(disk.to_owned()),
+                _ => Error::device("remove the device of", disk)(source),
+            })?;
+            self.remove_images(&mapper)?;
+        }
         if let Ok(file) = File::options().read(true).write(true).open(disk) {
             trim(disk, &file);
         }
@@ -150,7 +153,7 @@ impl Devices {
 
     /// Removes all devices of this instance but those over the disks in `keep`.
     pub(crate) fn sweep(&self, keep: &[PathBuf]) -> Result<(), Error> {
-        // Where there is no device-mapper there is nothing of it.
+        // Who may not use it has made none.
         let Ok(mapper) = mapper() else { return Ok(()) };
         let keep: BTreeSet<String> = keep.iter().map(|disk| self.name(disk)).collect();
         let images = self.images_prefix();
@@ -196,6 +199,18 @@ fn node(minor: u32) -> PathBuf {
 
 pub(crate) fn mapper() -> Result<DeviceMapper, Error> {
     DeviceMapper::open().map_err(Error::NoDeviceMapper)
+}
+
+/// `None` where the kernel has no device-mapper, and so nothing of it.
+fn mapper_if_any() -> Result<Option<DeviceMapper>, Error> {
+    let is_none = |error: &io::Error| {
+        let none = [Errno::NOENT, Errno::NODEV, Errno::NXIO];
+        error.raw_os_error().is_some_and(|code| none.iter().any(|errno| errno.raw_os_error() == code))
+    };
+    match DeviceMapper::open() {
+        Err(error) if is_none(&error) => Ok(None),
+        opened => opened.map(Some).map_err(Error::NoDeviceMapper),
+    }
 }
 
 /// Space that stays reserved is only wasted.

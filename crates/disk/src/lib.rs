@@ -218,9 +218,10 @@ impl Disks {
     pub fn detach(&self, disk: &Path) -> Result<(), Error> {
         match File::open(disk) {
             Ok(file) if Cow::of(&file).is_ok_and(|cow| cow.is_none()) => Ok(()),
+            Ok(_) => self.devices.detach(disk),
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::disk(disk)(error)),
-            _ => match self.devices.detach(disk) {
-                // Then there is no device either.
+            Err(_) => match self.devices.detach(disk) {
+                // Who may not use it has made none.
                 Err(Error::NoDeviceMapper(_)) => Ok(()),
                 detached => detached,
             },
