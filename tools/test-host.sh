@@ -42,7 +42,7 @@ fi
 host=$work/host
 mkdir -p "$host/bin"
 printf '%s\n%s\n' "$root" "$target" >"$host/places"
-tests=(agent::it end-to-end::{cli,hostile,lifecycle,ports,proxy,pty,recovery} firecracker-qemu::conformance network vmm::it)
+tests=(agent::it disk::it end-to-end::{cli,hostile,lifecycle,ports,proxy,pty,recovery} firecracker-qemu::conformance network vmm::it)
 read -ra scope <<<"${WRENN_HOST_SCOPE:---workspace}"
 # What was built is named as a whole, so that nothing is built anew for being asked for alone.
 cargo nextest list "${scope[@]}" --list-type binaries-only --message-format json |

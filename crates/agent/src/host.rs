@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use api::CapsuleId;
 use api::egress::Cidr;
-use disk::{Disks, ImageName};
+use disk::{Attached, Backend, Disks, ImageName};
 use network::slot::Slot;
 use network::{Network, Traffic};
 use objects::Objects;
@@ -67,6 +67,8 @@ pub struct Config {
     pub egress_allow: Vec<Cidr>,
     /// Networks that no capsule may reach.
     pub egress_deny: Vec<Cidr>,
+    /// How root disks are made. `None` is the best way that needs nothing but the directory.
+    pub disks: Option<Backend>,
     /// How many network slots are kept ready; see [`SLOTS_READY`].
     pub slots_ready: usize,
     /// The user that the VMM in slot N runs as has the number `vmm_users` + N; see [`VMM_USERS`].
@@ -101,7 +103,7 @@ pub struct Host {
     /// Slots and firewall.
     network: Arc<Network>,
     /// Root disks.
-    pub disks: Disks,
+    pub disks: Arc<Disks>,
     /// The cgroup above all capsules' cgroups.
     pub cgroups: Cgroup,
     /// Images by name, imported.
@@ -182,7 +184,7 @@ impl Host {
             users: config.vmm_users,
         })
         .map_err(Error::Network)?;
-        let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
+        let disks = Disks::open(&config.dir, &instance, config.disks).map(Arc::new).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         cgroups.create().map_err(Error::Cgroup)?;
         let mut images = BTreeMap::new();
@@ -336,14 +338,32 @@ impl Host {
         dest: &Path,
         size: u64,
     ) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
-        let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
-        blocking(move || backend.clone(&image, &dest, Some(size)))
+        let (disks, image, dest) = (self.disks.clone(), image.to_owned(), dest.to_owned());
+        blocking(move || disks.create(&image, &dest, Some(size)))
     }
 
     /// Makes another disk that is what `disk` is now.
     pub fn clone_disk(&self, disk: &Path, dest: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
-        let (backend, disk, dest) = (self.disks.backend(), disk.to_owned(), dest.to_owned());
-        blocking(move || backend.clone(&disk, &dest, None))
+        let (disks, disk, dest) = (self.disks.clone(), disk.to_owned(), dest.to_owned());
+        blocking(move || disks.copy(&disk, &dest))
+    }
+
+    /// Makes a disk ready for a VMM, and says what that opens.
+    pub fn attach_disk(&self, disk: &Path) -> impl Future<Output = Result<Attached, disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.attach(&disk))
+    }
+
+    /// Takes that back; the VMM must be gone.
+    pub fn detach_disk(&self, disk: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.detach(&disk))
+    }
+
+    /// Makes durable what was written to a disk.
+    pub fn sync_disk(&self, disk: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.sync(&disk))
     }
 
     /// The cgroup in which the VMM of a capsule and all its children live.
@@ -386,15 +406,21 @@ pub fn collect(memory: &Store) {
     }
 }
 
-/// Removes the images of earlier runs that no template, capsule or point names any more. Disks that came of them do not need
-/// them, but uploads of those do.
+/// Removes the images of earlier runs that no template, capsule or point names any more. Whole disks that came of them do not
+/// need them, but uploads of those do.
 fn collect_images(root: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
     let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
     let image = |entry: std::fs::DirEntry| match Journal::open(entry.path()) {
         Some(journal) => journal.record().image.clone(),
         None => Meta::read(&entry.path())?.image,
     };
-    let under_disks: HashSet<String> = dirs.filter_map(image).collect();
+    let under_disks: HashSet<String> = dirs
+        .flat_map(|entry| {
+            // A copy-on-write disk cannot be read without its image.
+            let under = disk::image_under(&entry.path().join(files::DISK)).ok().flatten();
+            image(entry).into_iter().chain(under)
+        })
+        .collect();
     for entry in std::fs::read_dir(root.join(audit::IMAGES))? {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };

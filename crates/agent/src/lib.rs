@@ -37,6 +37,7 @@ use admission::Promise;
 use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal, remote};
+pub use disk::Backend as DiskBackend;
 use host::Host;
 pub use host::{Config, SLOTS_READY, Sizes, VMM_USERS};
 use metrics::Metrics;

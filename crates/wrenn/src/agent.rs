@@ -38,6 +38,8 @@ pub struct AgentCommand {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: Disks,
+    #[command(flatten)]
     egress: Egress,
     /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = vmm_users())]
@@ -78,6 +80,15 @@ fn factor(text: &str) -> Result<f64, String> {
     }
 }
 
+/// How root disks are made.
+#[derive(Debug, Default, Args)]
+pub struct Disks {
+    /// How root disks are made: reflink, device-mapper (which reserves all of a disk before it is used) or copy, in place of the
+    /// best way that needs nothing but the directory.
+    #[arg(long = "disks", env = "WRENN_DISKS", value_name = "HOW")]
+    backend: Option<::agent::DiskBackend>,
+}
+
 /// What the operator says that capsules may reach, whatever is asked for them.
 #[derive(Debug, Default, Args)]
 pub struct Egress {
@@ -112,7 +123,8 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images, self.objects, self.egress, self.vmm_users, self.room)?;
+        let config =
+            config(dir, choice.binary, images, self.objects, self.disks, self.egress, self.vmm_users, self.room)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
@@ -139,6 +151,7 @@ pub fn config(
     vmm: PathBuf,
     images: Images,
     objects: Option<::objects::Config>,
+    disks: Disks,
     egress: Egress,
     vmm_users: u32,
     room: Room,
@@ -161,5 +174,6 @@ pub fn config(
         slots_ready: ::agent::SLOTS_READY,
         vmm_users,
         limits: room.into(),
+        disks: disks.backend,
     })
 }

@@ -51,6 +51,8 @@ pub struct Up {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: crate::agent::Disks,
+    #[command(flatten)]
     egress: crate::agent::Egress,
     /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
@@ -97,6 +99,7 @@ impl Up {
             choice.binary,
             images,
             self.objects,
+            self.disks,
             self.egress,
             self.vmm_users,
             self.room,

@@ -202,6 +202,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         slots_ready: agent::SLOTS_READY,
         vmm_users: agent::VMM_USERS,
         limits: agent::admission::Limits::default(),
+        disks: None,
     })
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use disk::Attached;
 use guest_api::{Metadata, RestoreKind};
 use network::slot::{GUEST_MAC, Slot, TAP};
 use snapshot::Snapshot;
@@ -353,7 +354,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
             let size = u64::from(spec.disk_mib) << 20;
             host.clone_image(image, &rootfs, size).await.map_err(Error::Disk)?;
-            files::give_disk(dir, user).map_err(Error::Place)?;
+            give_disk(host, dir, user).await?;
             debug!(capsule = %spec.id, "disk made");
             return Ok(Placed { saved: None, pager: None });
         }
@@ -388,7 +389,8 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             saved
         }
     };
-    files::give_disk(dir, user).and_then(|()| files::give_state(dir, saved.number)).map_err(Error::Place)?;
+    give_disk(host, dir, user).await?;
+    files::give_state(dir, saved.number).map_err(Error::Place)?;
     debug!(capsule = %spec.id, "snapshot placed");
     let working_set = origin.working_set(dir).map(|path| (path, origin.is_noted()));
     if record.is_remote {
@@ -403,6 +405,16 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
+}
+
+/// Makes the disk ready, and gives it to the VMM.
+async fn give_disk(host: &Host, dir: &Path, user: u32) -> Result<(), Error> {
+    let attached = host.attach_disk(&dir.join(files::DISK)).await.map_err(Error::Disk)?;
+    match attached {
+        Attached::File => files::give_disk(dir, user),
+        Attached::Device(device) => files::give_device(dir, user, &device),
+    }
+    .map_err(Error::Place)
 }
 
 /// Until its own resumes say otherwise, a capsule needs first what all need that begin at the point in `from`.

@@ -161,6 +161,7 @@ pub fn config(dir: &Path) -> Config {
         slots_ready: 0,
         vmm_users: agent::VMM_USERS,
         limits: agent::admission::Limits::default(),
+        disks: std::env::var("WRENN_DISKS").ok().map(|how| how.parse().unwrap()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod audit;
 mod common;
+mod disks;
 mod endurance;
 mod killed;
 mod pause;
