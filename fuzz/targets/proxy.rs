@@ -89,7 +89,10 @@ fn locations(location: &HeaderValue, host: &HeaderValue) {
     let outside = headers[LOCATION].as_bytes();
     if inside != *location {
         assert!(inside.as_bytes().starts_with(prefix.as_bytes()), "{inside:?}");
-        assert!(outside.starts_with(b"/") && !outside.starts_with(b"//") && !outside.starts_with(b"/\\"), "{outside:?}");
+        assert!(
+            outside.starts_with(b"/") && !outside.starts_with(b"//") && !outside.starts_with(b"/\\"),
+            "{outside:?}"
+        );
     }
 }
 

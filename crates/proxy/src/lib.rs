@@ -55,6 +55,8 @@ where
 const IDLE: Duration = Duration::from_secs(50);
 /// And to one that is not: below the 5 seconds for which common servers keep them, so that they do not close them first.
 const STRANGERS_IDLE: Duration = Duration::from_secs(4);
+/// Headers of a request or an answer.
+const HEADERS: usize = 256;
 /// Bytes of one connection that are read and not yet passed on, and most of a head. What one connection may do at a time is as
 /// long as others wait.
 const BUFFER: usize = 128 << 10;
@@ -119,6 +121,7 @@ impl Upstream {
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(idle)
             .pool_timer(TokioTimer::new())
+            .http1_max_headers(HEADERS)
             .http1_max_buf_size(BUFFER)
             .build(dial.clone());
         Self { target, authority, dial, client }

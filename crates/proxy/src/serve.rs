@@ -30,7 +30,7 @@ use tower::{Service, ServiceExt};
 
 use crate::dial::{Io, keep_alive};
 use crate::lane::{Aside, Lane, Roaming};
-use crate::{BUFFER, BodyError};
+use crate::{BUFFER, BodyError, HEADERS};
 
 /// How long the head of a request may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
@@ -150,6 +150,7 @@ where
     // How long a head may take we measure ourselves: hyper has one limit for it and for idleness.
     let serving = http1::Builder::new()
         .header_read_timeout(None)
+        .max_headers(HEADERS)
         .max_buf_size(BUFFER)
         .serve_connection(stream, service)
         .with_upgrades();

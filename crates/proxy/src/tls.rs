@@ -40,6 +40,8 @@ impl<L: Listener> Listener for Tls<L> {
 enum Stream {
     Begins(Box<Accept<Box<dyn Io>>>),
     Stands(Box<Standing>),
+    /// The handshake failed, and may not be asked again.
+    Failed,
 }
 
 type Standing = TlsStream<Box<dyn Io>>;
@@ -48,11 +50,13 @@ impl Stream {
     /// The stream behind the handshake, once that is done.
     fn standing(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Pin<&mut Standing>>> {
         if let Self::Begins(handshake) = self {
-            *self = Self::Stands(ready!(Pin::new(handshake.as_mut()).poll(cx))?.into());
+            let shaken = ready!(Pin::new(handshake.as_mut()).poll(cx));
+            *self = Self::Failed;
+            *self = Self::Stands(shaken?.into());
         }
         match self {
             Self::Stands(stream) => Poll::Ready(Ok(Pin::new(stream.as_mut()))),
-            Self::Begins(_) => Poll::Pending,
+            Self::Begins(_) | Self::Failed => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
 }
@@ -76,7 +80,7 @@ impl AsyncWrite for Stream {
         match &mut *self {
             Self::Stands(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
             // Nothing was said that would have to be ended.
-            Self::Begins(_) => Poll::Ready(Ok(())),
+            Self::Begins(_) | Self::Failed => Poll::Ready(Ok(())),
         }
     }
 

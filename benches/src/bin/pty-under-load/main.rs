@@ -13,7 +13,7 @@
 //! - *shared*: as *beside*, but all connections between control plane and agent go over one ([`shared`]). This is what we do not
 //!   do, and why. With a twentieth of the keys.
 //!
-//! Needs root and `make build`. Leaves nothing on the machine.
+//! Needs root and `make build`. Says so if it could not give back everything.
 
 mod load;
 mod shared;
@@ -158,7 +158,12 @@ fn rest(dir: &std::path::Path) -> Result<()> {
     if let Some(pid) = rustix::process::Pid::from_raw(up.id() as i32) {
         rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
     }
-    up.wait()?;
+    let status = up.wait()?;
+    anyhow::ensure!(
+        status.success(),
+        "what the agent left is still there: `wrenn up --dir {}` says {status}",
+        dir.display()
+    );
     Ok(())
 }
 

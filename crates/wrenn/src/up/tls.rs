@@ -179,10 +179,10 @@ impl ResolvesServerCert for Authority {
 
 fn make(names: Names) -> Result<Kept> {
     let now = SystemTime::now();
-    let mut serial = [0; 4];
-    getrandom::fill(&mut serial)?;
-    let name = format!("Wrenn on this machine, {:08x}", u32::from_be_bytes(serial));
     let key = KeyPair::generate()?;
+    // Two of them in one browser are told apart by their keys.
+    let end: String = key.public_key_raw().iter().rev().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let name = format!("Wrenn on this machine, {end}");
     let mut params = authority(&name, &names);
     valid(&mut params, now, AUTHORITY);
     let certificate = params.self_signed(&key)?.pem();
