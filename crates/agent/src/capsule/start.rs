@@ -32,9 +32,8 @@ const PAGER_DAMAGED: Exit = Exit::Code(10);
 /// What a pager exits with when memory did not come from the object store.
 const PAGER_STARVED: Exit = Exit::Code(13);
 
-/// What the guest kernel is told: a quiet serial console, its address, and envd as its init. It must not test whether its timer
-/// works by counting ticks, as it does where it sees no KVM: on a busy host without one it counts too few, and panics.
-const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off no_timer_check random.trust_cpu=on \
+/// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
+const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
     i8042.noaux i8042.nomux i8042.dumbkbd \
     ip=169.254.0.21::169.254.0.22:255.255.255.252:capsule:eth0:off init=/usr/local/bin/envd";
 
