@@ -39,15 +39,16 @@ demo: build
 test: images
 	tools/setup.sh chromium
 	cargo build --workspace --bins --lib
+	cargo nextest run --workspace --no-run
+# After everything that builds, which puts its own there.
 	install -m 0755 $(ENVD) $(TARGET)/debug/envd
 	cargo nextest run --workspace --no-fail-fast $(NAME)
 
 ## What a VMM must do and what the agent does with it, on a real Firecracker in an emulated host. NAME=... as above.
 test-host: images
 	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
-	cargo build -p wrenn -p firecracker-qemu
-	install -m 0755 $(ENVD) $(TARGET)/debug/envd
-	cargo nextest run -p firecracker-qemu --test conformance the_guest_is_made
+	cargo build --workspace --bins --lib
+	cargo nextest run --workspace the_guest_is_made
 	tools/test-host.sh $(if $(NAME),'test($(NAME))')
 
 ## The table of docs/vmm.md, from what `make test` and `make test-host` found last.
@@ -69,11 +70,12 @@ dev: images
 
 # What ours is measured beside.
 bench-guest-path: PEER = openssh-server
+bench-proxy: PEER = nginx-light haproxy caddy
 bench-snapshot-store: PEER = qemu-utils zstd
 bench-slots: PEER = iptables
 bench-%: build images
 	cargo run --release -q -p benches --bin $*
 
-## One parser against ten minutes of made-up input: api, egress, files, guest, pager or snapshot.
+## One parser against ten minutes of made-up input: api, egress, files, guest, pager, proxy or snapshot.
 fuzz-%:
 	tools/fuzz.sh $*

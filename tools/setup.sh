@@ -19,6 +19,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   # PostgreSQL's package would start a cluster of its own: tests make theirs.
   mkdir -p /etc/postgresql-common/createcluster.d
   echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/wrenn.conf
-  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}" >/dev/null
+  # Nor do servers start that are only measured beside ours.
+  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}" >/dev/null
 fi
 command -v cargo-nextest >/dev/null || cargo install -q --locked cargo-nextest

@@ -3,6 +3,7 @@
 # QEMU emulates a processor with AMD's virtualisation, Debian's kernel on it has KVM, and Firecracker runs there. FILTER is
 # one of nextest's, in place of tests/host/filter. Expects `make images` and `cargo test --no-run` done; see `make test-host`.
 # Results are in TARGET/host: junit.xml, console.log, dmesg and the version of Firecracker. Ends as the suite does.
+# WRENN_HOST_SCOPE is what of the workspace was built, as cargo says it; by default all of it, as `make test` does.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 here=$root/tests/host
@@ -41,9 +42,11 @@ fi
 host=$work/host
 mkdir -p "$host/bin"
 printf '%s\n%s\n' "$root" "$target" >"$host/places"
-tests=(-p agent -p end-to-end -p firecracker-qemu -p vmm
-  --test it --test conformance --test cli --test lifecycle --test ports --test proxy --test pty --test recovery)
-cargo nextest list "${tests[@]}" --list-type binaries-only --message-format json >"$host/binaries-metadata.json"
+tests=(agent::it disk::it end-to-end::{cli,hostile,lifecycle,ports,proxy,pty,recovery} firecracker-qemu::conformance network vmm::it)
+read -ra scope <<<"${WRENN_HOST_SCOPE:---workspace}"
+# What was built is named as a whole, so that nothing is built anew for being asked for alone.
+cargo nextest list "${scope[@]}" --list-type binaries-only --message-format json |
+  jq '."rust-binaries" |= with_entries(select(.key | IN($ARGS.positional[])))' --args "${tests[@]}" >"$host/binaries-metadata.json"
 cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
 (cd "$root" && git ls-files -z | grep -zv '^tests/sdk/' | xargs -0 cp --parents -t "$(mkdir -p "$host$root"; echo "$host$root")")
 {
@@ -54,7 +57,7 @@ cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
   strip --strip-debug -o "$host$program" "$program"
 done
 # Unchanged, as its bytes name the template.
-cp "$target/debug/envd" "$host$target/debug/"
+cp "$target/envd" "$host$target/debug/"
 mkdir -p "$host$target/tmp"
 cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
 cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"

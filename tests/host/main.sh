@@ -14,7 +14,7 @@ set_up() {
   mkdir -p /dev/pts /dev/shm && mount -t devpts devpts /dev/pts && mount -t tmpfs tmpfs /dev/shm &&
   mount -t tmpfs -o size=64m,mode=0755 tmpfs /run && mkdir -p /run/netns "$results" &&
   mount -t cgroup2 cgroup2 /sys/fs/cgroup &&
-  modprobe -a kvm-amd tun loop xfs dm-snapshot veth nf_tables nft_chain_nat nft_masq nft_ct || return
+  modprobe -a kvm-amd tun loop xfs dm-snapshot dm-zero fuse veth nf_tables nft_chain_nat nft_masq nft_ct || return
   echo 1 >/proc/sys/vm/unprivileged_userfaultfd
   ip link set lo up
   echo "emulated host: booted after $(now) s"

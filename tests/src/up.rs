@@ -17,6 +17,8 @@ use tempfile::TempDir;
 struct Ready {
     url: String,
     api_key: String,
+    domain: String,
+    ca: Option<PathBuf>,
     pid: i32,
 }
 
@@ -44,6 +46,9 @@ pub struct Up {
 pub struct Api {
     url: String,
     key: String,
+    domain: String,
+    /// Its authority's certificate, in PEM, where it speaks TLS.
+    ca: Option<String>,
     http: reqwest::Client,
 }
 
@@ -69,7 +74,7 @@ impl Up {
     /// Starts one in a directory that may have been another's, which it removes at its end.
     pub(crate) fn inside(dir: TempDir, options: Options) -> Self {
         let (child, ready) = spawn(dir.path(), &options);
-        Self { dir, options, child, pid: ready.pid, api: Api::new(ready.url, ready.api_key) }
+        Self { dir, options, child, pid: ready.pid, api: Api::of(ready) }
     }
 
     /// Kills it without warning.
@@ -81,7 +86,7 @@ impl Up {
     /// Starts it again in the same directory.
     pub fn restart(&mut self) {
         let (child, ready) = spawn(self.dir.path(), &self.options);
-        (self.child, self.pid, self.api) = (child, ready.pid, Api::new(ready.url, ready.api_key));
+        (self.child, self.pid, self.api) = (child, ready.pid, Api::of(ready));
     }
 
     /// Sends what ctrl-C sends and waits; true when it ended as it should.
@@ -126,7 +131,25 @@ impl Api {
     }
 
     pub(crate) fn new(url: String, key: String) -> Self {
-        Self { url, key, http: reqwest::Client::new() }
+        Self { url, key, domain: String::new(), ca: None, http: reqwest::Client::new() }
+    }
+
+    fn of(ready: Ready) -> Self {
+        let Ready { url, api_key: key, domain, ca, .. } = ready;
+        let ca = ca.map(|path| std::fs::read_to_string(path).unwrap());
+        let trusted = ca.iter().map(|pem| reqwest::Certificate::from_pem(pem.as_bytes()).unwrap());
+        let http = reqwest::Client::builder().tls_certs_merge(trusted).build().unwrap();
+        Self { url, key, domain, ca, http }
+    }
+
+    /// The domain of capsules' hosts, with the port.
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// Whom clients have to trust, in PEM.
+    pub fn ca(&self) -> Option<&str> {
+        self.ca.as_deref()
     }
 
     /// Where its API is.

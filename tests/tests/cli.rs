@@ -83,5 +83,11 @@ fn files_and_processes_by_command() {
     let followed = following.wait_with_output().unwrap();
     assert_eq!(followed.status.code(), Some(255));
     assert_eq!(text(&run(&up, &["ps", "-q", &id]).stdout), "");
+    let stats = run(&up, &["stats"]);
+    let [header, line] = &text(&stats.stdout).lines().collect::<Vec<_>>()[..] else { panic!("{stats:?}") };
+    assert!(header.ends_with("RECEIVED") && line.starts_with(&id) && line.ends_with("iB"), "{stats:?}");
+    let stats = run(&up, &["--json", "stats", "--range", "1h", &id]).stdout;
+    let stats: serde_json::Value = serde_json::from_slice(&stats).unwrap();
+    assert!(stats[0]["points"][0]["disk_bytes"].as_u64().unwrap() > 0, "{stats}");
     run(&up, &["rm", &id]);
 }

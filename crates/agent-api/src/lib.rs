@@ -6,6 +6,7 @@
 mod client;
 pub mod egress;
 mod endpoint;
+pub mod full;
 pub mod port;
 
 /// Messages, client and service trait, generated from `proto/hostagent/v1/host_agent.proto`.

@@ -290,7 +290,14 @@ impl Walk {
     /// A disk that something needs.
     fn disk(&mut self, path: &Path) -> Result<(), Error> {
         match metadata(path)? {
-            Some(metadata) if metadata.is_file() && metadata.len() > 0 => self.used(Kind::Disk, path),
+            Some(metadata) if metadata.is_file() => match disk::image_under(path) {
+                Ok(None) if metadata.len() > 0 => self.used(Kind::Disk, path),
+                Ok(Some(image)) if self.root.join(IMAGES).join(&image).exists() => self.used(Kind::Disk, path),
+                Ok(Some(image)) => {
+                    self.find(path, Kind::Disk, Verdict::Broken, format!("its image {image} is not there"))
+                }
+                Ok(None) | Err(_) => self.find(path, Kind::Disk, Verdict::Broken, "this is no disk"),
+            },
             Some(_) => self.find(path, Kind::Disk, Verdict::Broken, "this is no disk"),
             None => self.find(path, Kind::Disk, Verdict::Broken, "it is not there"),
         }

@@ -164,6 +164,8 @@ async fn make_all(host: Arc<Host>) {
 enum Error {
     #[error("preparing")]
     Prepare(#[source] io::Error),
+    #[error(transparent)]
+    Full(#[from] crate::admission::Full),
     #[error("booting")]
     Start(#[from] start::Error),
     #[error("saving")]
@@ -172,12 +174,27 @@ enum Error {
     Keep(#[source] io::Error),
 }
 
-/// Boots a guest that nobody knows of, and keeps what it is then.
+/// Boots a guest that nobody knows of, keeps what it is then, and begins from that once: what a start needs first is known
+/// from then on, and that it is of use.
 async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> {
-    let id = CapsuleId::random();
+    let mut journal = begin(host, image, sizes)?;
+    let made = capture(host, &mut journal).await;
+    end(host, &journal).await;
+    let (name, point) = made?;
+    let mut journal = begin(host, image, sizes)?;
+    let rehearsed = rehearse(host, &mut journal, &point).await;
+    match &rehearsed {
+        Ok(()) => drop(host.boots.lock().points.insert(name, point)),
+        Err(_) => point.doom(),
+    }
+    end(host, &journal).await;
+    Ok(rehearsed?)
+}
+
+fn begin(host: &Host, image: &str, sizes: Sizes) -> Result<Journal, Error> {
     let Sizes { vcpus, memory_mib, disk_mib } = sizes;
     let spec = Spec {
-        id,
+        id: CapsuleId::random(),
         image: image.to_owned(),
         vcpus,
         memory_mib,
@@ -186,22 +203,25 @@ async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> 
         default_env: BTreeMap::new(),
         template_id: String::new(),
     };
+    // Only where there is room for it; but there is one at a time and soon gone, so nobody is refused because of it.
+    drop(host.admission.admit(&spec)?);
     let token = random_token().map_err(Error::Prepare)?;
-    let mut journal = Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)?;
-    let made = capture(host, &mut journal).await;
-    let released = release(host, id, journal.dir(), Some(journal.record())).await;
+    Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)
+}
+
+async fn end(host: &Host, journal: &Journal) {
+    let record = journal.record();
+    let released = release(host, record.spec.id, journal.dir(), Some(record)).await;
     for error in released.err().unwrap_or_default() {
         warn!(error = crate::chain(&error), "left behind by a boot snapshot");
     }
-    made
 }
 
-async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(), Error> {
+async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(String, Arc<Point>), Error> {
     let running = start::start(host, journal, Origin::Image, &host.boots.stop).await?;
     let spec = &journal.record().spec;
-    let sizes = Sizes { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib };
     let image = host.images.get(&spec.image).expect("it was booted");
-    let name = host.boots.name(image, sizes).expect("none are made where none are wanted");
+    let name = host.boots.name(image, spec.sizes()).expect("none are made where none are wanted");
     let dir = host.boots.dir.join(&name);
     fs::create_dir(&dir).map_err(Error::Keep)?;
     let digest = match save::capture(host, journal, &running, &dir).await {
@@ -213,6 +233,16 @@ async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(), Error> {
     };
     let point = Point::made(&host.memory, dir, Meta::of(journal.record(), digest));
     point.keep().await.map_err(Error::Keep)?;
-    host.boots.lock().points.insert(name, point);
+    Ok((name, point))
+}
+
+async fn rehearse(host: &Arc<Host>, journal: &mut Journal, point: &Point) -> Result<(), start::Error> {
+    let running = start::start(host, journal, Origin::Rehearsal(point), &host.boots.stop).await?;
+    if let Some(pager) = &running.pager
+        && let Err(error) = pager.terminate().await
+    {
+        // It has not written down what it noted: starts are slower and not wrong.
+        warn!(error = crate::chain(&error), "a boot snapshot without a working set");
+    }
     Ok(())
 }

@@ -11,7 +11,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use bytes::Bytes;
-use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, PORT, Restore, RestoreKind, Restored};
+use guest_api::{ACCESS_TOKEN_HEADER, Health, Init, Metadata, PORT, Restore, RestoreKind, Restored};
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{StatusCode, Uri};
@@ -28,7 +28,9 @@ use crate::ports::Ports;
 const TOKEN: HeaderName = HeaderName::from_static(ACCESS_TOKEN_HEADER);
 /// A guest that is not up yet drops the first packet of a dial, and the kernel repeats it only after a second: dialling
 /// anew is faster.
-const DIAL: Duration = Duration::from_millis(50);
+const DIAL_BOOTING: Duration = Duration::from_millis(50);
+/// One that wakes from a snapshot gets it, but may be slow at first; another dial would be more work for it.
+const DIAL_WAKING: Duration = Duration::from_millis(500);
 /// Pause after a refused dial: the guest's network is up and envd is about to listen.
 const REFUSED: Duration = Duration::from_millis(2);
 /// How long a guest may take to ready itself for a snapshot, per step.
@@ -69,6 +71,8 @@ pub struct Restoring<'a> {
     pub hostname: Option<&'a str>,
     /// The token of before.
     pub token: &'a str,
+    /// What its metadata service says from now on.
+    pub metadata: Metadata,
 }
 
 /// One guest's envd, its token, and the connections to it and to its other ports.
@@ -100,7 +104,7 @@ impl Guest {
 
     /// Waits, without a limit of its own, until envd answers.
     pub async fn first_answer(&self) -> Result<Health, Error> {
-        self.reached().await;
+        self.reach(DIAL_BOOTING).await;
         let path = "/health";
         let body = self.ask(path, http::Method::GET, Bytes::new(), &self.token).await?;
         serde_json::from_slice(&body).map_err(|source| Error::Malformed { path, source })
@@ -118,7 +122,7 @@ impl Guest {
         default_env: &BTreeMap<String, String>,
         restoring: &Restoring<'_>,
     ) -> Result<(), Error> {
-        self.reached().await;
+        self.reach(DIAL_WAKING).await;
         let mut entropy = [0; ENTROPY];
         getrandom::fill(&mut entropy).map_err(Error::Entropy)?;
         let restore = Restore {
@@ -126,6 +130,7 @@ impl Guest {
             entropy: base64::engine::general_purpose::STANDARD.encode(entropy),
             hostname: restoring.hostname.map(str::to_owned),
             machine_id: None,
+            metadata: Some(restoring.metadata.clone()),
         };
         let init = Init { restore: Some(restore), ..self.settings(default_env) };
         let path = "/init";
@@ -156,11 +161,11 @@ impl Guest {
         }
     }
 
-    /// Waits until envd can be dialled.
-    async fn reached(&self) {
+    /// Waits until envd can be dialled; a dial may take so long. What is asked next goes that way.
+    async fn reach(&self, dial: Duration) {
         loop {
-            match tokio::time::timeout(DIAL, TcpStream::connect(self.address)).await {
-                Ok(Ok(_)) => return,
+            match tokio::time::timeout(dial, TcpStream::connect(self.address)).await {
+                Ok(Ok(stream)) => return self.upstream.begin_with(stream),
                 Ok(Err(_)) => tokio::time::sleep(REFUSED).await,
                 Err(_) => {}
             }
@@ -207,6 +212,7 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
     };
+    proxy::back(request.extensions()).await;
     let (guest, open) = match admit(&agent, &id).await {
         Ok(admitted) => admitted,
         Err(Shut::Unknown) => {

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use api::CapsuleId;
 use api::egress::Cidr;
-use disk::{Disks, ImageName};
-use network::Network;
+use disk::{Attached, Backend, Disks, ImageName};
 use network::slot::Slot;
+use network::{Network, Traffic};
 use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tracing::{debug, info, warn};
 use vmm::cgroup::Cgroup;
 
+use crate::admission::{self, Admission};
 use crate::audit;
 use crate::boot::Boots;
 use crate::capsule::files;
@@ -66,10 +67,14 @@ pub struct Config {
     pub egress_allow: Vec<Cidr>,
     /// Networks that no capsule may reach.
     pub egress_deny: Vec<Cidr>,
+    /// How root disks are made. `None` is the best way that needs nothing but the directory.
+    pub disks: Option<Backend>,
     /// How many network slots are kept ready; see [`SLOTS_READY`].
     pub slots_ready: usize,
     /// The user that the VMM in slot N runs as has the number `vmm_users` + N; see [`VMM_USERS`].
     pub vmm_users: u32,
+    /// How far the host may be promised to capsules.
+    pub limits: admission::Limits,
 }
 
 /// Where the users of VMMs begin: above those of people and services, and below those that are handed out for containers by
@@ -98,7 +103,7 @@ pub struct Host {
     /// Slots and firewall.
     network: Arc<Network>,
     /// Root disks.
-    pub disks: Disks,
+    pub disks: Arc<Disks>,
     /// The cgroup above all capsules' cgroups.
     pub cgroups: Cgroup,
     /// Images by name, imported.
@@ -111,6 +116,8 @@ pub struct Host {
     pub boots: Boots,
     /// Where what is paused goes too.
     pub objects: Option<Objects>,
+    /// What is promised to capsules that run.
+    pub admission: Admission,
     /// One for each upload that may be under way.
     pub uploads: Semaphore,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
@@ -177,7 +184,7 @@ impl Host {
             users: config.vmm_users,
         })
         .map_err(Error::Network)?;
-        let disks = Disks::open(&config.dir).map_err(Error::Disks)?;
+        let disks = Disks::open(&config.dir, &instance, config.disks).map(Arc::new).map_err(Error::Disks)?;
         let cgroups = Cgroup::root(&instance).map_err(Error::Cgroup)?;
         cgroups.create().map_err(Error::Cgroup)?;
         let mut images = BTreeMap::new();
@@ -206,7 +213,22 @@ impl Host {
         let objects = config.objects.as_ref().map(Objects::open).transpose().map_err(Error::Objects)?;
         let (network, uploads) = (Arc::new(network), Semaphore::new(UPLOADS_AT_ONCE));
         let egress = Egress::new(network.clone());
-        Ok(Self { config, network, egress, disks, cgroups, images, instance, memory, boots, objects, uploads })
+        // The volume of disks may be a file that is larger than what is free below it.
+        let admission = Admission::new(&config.limits, vec![disks.root().to_owned(), config.dir.clone()]);
+        Ok(Self {
+            config,
+            network,
+            egress,
+            disks,
+            cgroups,
+            images,
+            instance,
+            memory,
+            boots,
+            objects,
+            uploads,
+            admission,
+        })
     }
 
     /// The directory of all capsules' directories.
@@ -281,6 +303,11 @@ impl Host {
         })
     }
 
+    /// What went through every slot of this agent.
+    pub fn traffic(&self) -> Result<BTreeMap<Slot, Traffic>, network::Error> {
+        self.network.traffic()
+    }
+
     /// Takes every slot of an earlier run that is not in `keep`, and begins to keep slots ready.
     pub fn sweep_networks(&self, keep: &HashSet<Slot>) -> Result<(), network::Error> {
         self.network.sweep(keep).map(drop)
@@ -311,14 +338,32 @@ impl Host {
         dest: &Path,
         size: u64,
     ) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
-        let (backend, image, dest) = (self.disks.backend(), image.to_owned(), dest.to_owned());
-        blocking(move || backend.clone(&image, &dest, Some(size)))
+        let (disks, image, dest) = (self.disks.clone(), image.to_owned(), dest.to_owned());
+        blocking(move || disks.create(&image, &dest, Some(size)))
     }
 
     /// Makes another disk that is what `disk` is now.
     pub fn clone_disk(&self, disk: &Path, dest: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
-        let (backend, disk, dest) = (self.disks.backend(), disk.to_owned(), dest.to_owned());
-        blocking(move || backend.clone(&disk, &dest, None))
+        let (disks, disk, dest) = (self.disks.clone(), disk.to_owned(), dest.to_owned());
+        blocking(move || disks.copy(&disk, &dest))
+    }
+
+    /// Makes a disk ready for a VMM, and says what that opens.
+    pub fn attach_disk(&self, disk: &Path) -> impl Future<Output = Result<Attached, disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.attach(&disk))
+    }
+
+    /// Takes that back; the VMM must be gone.
+    pub fn detach_disk(&self, disk: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.detach(&disk))
+    }
+
+    /// Makes durable what was written to a disk.
+    pub fn sync_disk(&self, disk: &Path) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (disks, disk) = (self.disks.clone(), disk.to_owned());
+        blocking(move || disks.sync(&disk))
     }
 
     /// The cgroup in which the VMM of a capsule and all its children live.
@@ -361,15 +406,21 @@ pub fn collect(memory: &Store) {
     }
 }
 
-/// Removes the images of earlier runs that no template, capsule or point names any more. Disks that came of them do not need
-/// them, but uploads of those do.
+/// Removes the images of earlier runs that no template, capsule or point names any more. Whole disks that came of them do not
+/// need them, but uploads of those do.
 fn collect_images(root: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
     let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
     let image = |entry: std::fs::DirEntry| match Journal::open(entry.path()) {
         Some(journal) => journal.record().image.clone(),
         None => Meta::read(&entry.path())?.image,
     };
-    let under_disks: HashSet<String> = dirs.filter_map(image).collect();
+    let under_disks: HashSet<String> = dirs
+        .flat_map(|entry| {
+            // A copy-on-write disk cannot be read without its image.
+            let under = disk::image_under(&entry.path().join(files::DISK)).ok().flatten();
+            image(entry).into_iter().chain(under)
+        })
+        .collect();
     for entry in std::fs::read_dir(root.join(audit::IMAGES))? {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };

@@ -3,6 +3,7 @@
 //! It has never heard of users, teams or SQL. Lifecycle comes in by RPC ([`rpc`]), guest traffic by plain HTTP on the
 //! same listener ([`guest`] for envd, [`ports`] for what users run); behind both, one driver task owns each capsule ([`capsule`]).
 
+pub mod admission;
 pub mod audit;
 mod boot;
 pub mod capsule;
@@ -10,6 +11,7 @@ pub mod egress;
 mod fork;
 pub mod guest;
 pub mod host;
+mod metrics;
 pub mod point;
 pub mod ports;
 mod rpc;
@@ -25,16 +27,20 @@ use std::time::{Duration, Instant};
 use api::CapsuleId;
 use api::egress::Policy;
 use axum::Router;
-use axum::routing::any;
+use axum::extract::State;
+use axum::routing::{any, get};
 use futures::StreamExt;
 use futures::future::join_all;
 use tracing::{info, warn};
 
+use admission::Promise;
 use boot::Boots;
 use capsule::recover::{self, recover};
 use capsule::{Handle, Spec, driver, record::Journal, remote};
+pub use disk::Backend as DiskBackend;
 use host::Host;
 pub use host::{Config, SLOTS_READY, Sizes, VMM_USERS};
+use metrics::Metrics;
 use templates::Templates;
 
 /// How long the agent remembers a capsule that has ended, for callers that ask what became of it.
@@ -73,6 +79,18 @@ pub struct Agent {
     host: Arc<Host>,
     capsules: Arc<Mutex<HashMap<CapsuleId, Entry>>>,
     templates: Arc<Templates>,
+    metrics: Arc<Metrics>,
+}
+
+/// Why a capsule was not begun.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CreateError {
+    /// The host cannot hold it.
+    #[error(transparent)]
+    Full(#[from] admission::Full),
+    /// Its directory could not be made.
+    #[error("making the capsule's directory")]
+    Place(#[source] io::Error),
 }
 
 struct Entry {
@@ -91,7 +109,8 @@ impl Agent {
         if let Some(sizes) = host.config.boot_snapshots {
             host.images.keys().for_each(|image| Boots::want(&host, image, sizes));
         }
-        let agent = Self { host, capsules: Arc::new(Mutex::new(entries)), templates: Arc::new(templates) };
+        let (capsules, templates) = (Arc::new(Mutex::new(entries)), Arc::new(templates));
+        let agent = Self { host, capsules, templates, metrics: Arc::default() };
         agent.upload_templates();
         Ok(agent)
     }
@@ -107,6 +126,7 @@ impl Agent {
             .route("/guest/{*path}", any(guest::forward))
             .route("/proxy/{*path}", any(ports::forward))
             .route("/tcp/{capsule}/{port}", any(ports::tcp))
+            .route("/metrics", get(async |State(agent): State<Self>| agent.metrics_text()))
             .with_state(self.clone())
             .merge(rpc::router(self.clone()))
     }
@@ -116,15 +136,23 @@ impl Agent {
         self.lock().get(&id).map(|entry| entry.handle.clone())
     }
 
-    /// Starts a capsule, or answers with the one of that id that is already there.
-    fn create(&self, spec: Spec, egress: Policy, from: driver::From) -> io::Result<Handle> {
+    /// Starts a capsule, or answers with the one of that id that is already there. It may have been promised its place before.
+    fn create(
+        &self,
+        spec: Spec,
+        egress: Policy,
+        from: driver::From,
+        promise: Option<Promise>,
+    ) -> Result<Handle, CreateError> {
         let mut capsules = self.lock();
         if let Some(entry) = capsules.get(&spec.id) {
             return Ok(entry.handle.clone());
         }
         let id = spec.id;
-        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, egress, random_token()?)?;
-        let handle = driver::spawn_start(self.host.clone(), journal, from);
+        let promise = promise.map_or_else(|| self.host.admission.admit(&spec), Ok)?;
+        let token = random_token().map_err(CreateError::Place)?;
+        let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, egress, token);
+        let handle = driver::spawn_start(self.host.clone(), journal.map_err(CreateError::Place)?, from, promise);
         capsules.insert(id, Entry { handle: handle.clone(), ended: None });
         Ok(handle)
     }

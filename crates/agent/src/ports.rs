@@ -1,6 +1,6 @@
 //! What users' programs listen on in a guest, through the same gate as all its traffic ([`guest::admit`]).
 //!
-//! Requests come and go undecoded. Envd's own port is among them for clients that have its token, and only for what those may
+//! Requests come and go undecoded, on threads of their own ([`proxy::aside`]), so that a terminal waits for none of them. Envd's own port is among them for clients that have its token, and only for what those may
 //! ask: what steers the guest is the host's.
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -77,6 +77,7 @@ async fn carry(agent: &Agent, mut request: Request) -> Result<Response, PortRefu
     }
     let (guest, open) = guest::admit(agent, id).await.map_err(shut)?;
     let open = open.holding(guest.ports.turn()?);
+    proxy::aside(request.extensions()).await;
     let prefix = proxy::path::prefix(id, port);
     *request.uri_mut() = Uri::from(path);
     if port == PORT {
@@ -129,6 +130,7 @@ async fn connect(agent: &Agent, id: &str, port: u16, mut request: Request) -> Re
     }
     let (guest, open) = guest::admit(agent, id).await.map_err(shut)?;
     let open = open.holding(guest.ports.turn()?);
+    proxy::aside(request.extensions()).await;
     let target = Target::from(guest.ports.address(port));
     let stream = tokio::select! {
         stream = proxy::connect(&target) => stream.map_err(|_| PortRefusal::Closed)?,

@@ -10,10 +10,10 @@ use axum::Router;
 use connectrpc::{ConnectError, ErrorCode, RequestContext, Response, ServiceRequest, ServiceResult};
 
 use crate::capsule::driver::From;
-use crate::capsule::{Handle, Refused, Spec, remote, start};
+use crate::capsule::{Handle, Refused, Spec, remote};
 use crate::point::Meta;
 use crate::templates::CaptureError;
-use crate::{Agent, templates};
+use crate::{Agent, CreateError, fork, templates};
 
 /// Children of one fork.
 const MOST_CHILDREN: usize = 100;
@@ -38,11 +38,13 @@ impl HostAgent for Agent {
         let egress = policy(spec.egress.take())?;
         let spec = parse(spec, template.as_ref().map(|point| &point.meta))?;
         let from = template.map_or(From::Image, From::Point);
-        let handle = self.create(spec, egress, from).map_err(|error| ConnectError::internal(crate::chain(&error)))?;
+        let handle = self.create(spec, egress, from, None).map_err(not_created)?;
         let observed = handle.settled().await;
         if observed.state == CapsuleState::Failed {
-            let failed = if observed.host_full { ConnectError::resource_exhausted } else { ConnectError::internal };
-            return Err(failed(observed.reason));
+            return Err(match observed.host_full {
+                Some(full) => agent_api::full::error(&full.into(), observed.reason),
+                None => ConnectError::internal(observed.reason),
+            });
         }
         Response::ok(CreateCapsuleResponse { capsule: message(&handle).into(), ..Default::default() })
     }
@@ -128,7 +130,7 @@ impl HostAgent for Agent {
         // Children that are begun are finished, whether or not somebody waits for them.
         let forked = tokio::spawn(async move { agent.fork(&parent, specs).await }).await;
         let forked = forked.expect("the work does not panic, and nobody aborts it");
-        let children = forked.map_err(|error| capture_failed(error.0))?.into_iter().zip(ids).map(|(child, id)| {
+        let children = forked.map_err(fork_failed)?.into_iter().zip(ids).map(|(child, id)| {
             let id = id.to_string();
             match child {
                 Ok(handle) => Child { id, capsule: message(&handle).into(), ..Default::default() },
@@ -197,12 +199,23 @@ impl HostAgent for Agent {
         Response::ok(TouchCapsuleResponse::default())
     }
 
+    async fn get_metrics(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetMetricsRequest>,
+    ) -> ServiceResult<GetMetricsResponse> {
+        let handle = self.living(request.id)?;
+        let points = self.metrics(&handle, request.seconds).await;
+        Response::ok(GetMetricsResponse { points, ..Default::default() })
+    }
+
     async fn get_host(
         &self,
         _: RequestContext,
         _: ServiceRequest<'_, GetHostRequest>,
     ) -> ServiceResult<GetHostResponse> {
-        let memory = rustix::system::sysinfo();
+        let (memory, room) = (rustix::system::sysinfo(), self.host.admission.room());
+        let used = |(used, limit)| Used { used, limit, ..Default::default() };
         let running = self.list().iter().filter(|handle| handle.observed().state == CapsuleState::Running).count();
         Response::ok(GetHostResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
@@ -211,6 +224,9 @@ impl HostAgent for Agent {
             memory_mib: ((u64::from(memory.mem_unit) * memory.totalram) >> 20) as u32,
             running: running as u32,
             images: self.images(),
+            memory_promised_mib: used(room.memory_mib).into(),
+            vcpus_promised: used(room.vcpus).into(),
+            disk_used_mib: used(room.disk_mib).into(),
             ..Default::default()
         })
     }
@@ -235,9 +251,13 @@ fn refused(refused: Refused) -> ConnectError {
         Refused::Ended(_) => ConnectError::not_found(message),
         Refused::NotRunning | Refused::NotPaused => ConnectError::failed_precondition(message),
         Refused::Remote(error) => remote_refused(error),
-        Refused::Resume(start::Error::Claim(_)) => ConnectError::resource_exhausted(message),
-        Refused::Resume(error) if error.is_damage() => ConnectError::data_loss(message),
-        Refused::Save(_) | Refused::Resume(_) | Refused::Egress(_) => ConnectError::internal(message),
+        Refused::Full(full) => agent_api::full::error(&full.into(), message),
+        Refused::Resume(error) => match error.is_full() {
+            Some(full) => agent_api::full::error(&full.into(), message),
+            None if error.is_damage() => ConnectError::data_loss(message),
+            None => ConnectError::internal(message),
+        },
+        Refused::Save(_) | Refused::Egress(_) => ConnectError::internal(message),
     }
 }
 
@@ -250,6 +270,21 @@ fn remote_refused(error: remote::Error) -> ConnectError {
         error if error.is_damage() => ConnectError::data_loss(message),
         error if error.is_passing() => ConnectError::unavailable(message),
         _ => ConnectError::internal(message),
+    }
+}
+
+fn not_created(error: CreateError) -> ConnectError {
+    let message = crate::chain(&error);
+    match error {
+        CreateError::Full(full) => agent_api::full::error(&full.into(), message),
+        CreateError::Place(_) => ConnectError::internal(message),
+    }
+}
+
+fn fork_failed(error: fork::Error) -> ConnectError {
+    match error {
+        fork::Error::Full(full) => agent_api::full::error(&full.into(), full.to_string()),
+        fork::Error::Capture(error) => capture_failed(error),
     }
 }
 

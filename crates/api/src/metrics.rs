@@ -45,18 +45,39 @@ impl FromStr for MetricsRange {
     }
 }
 
+impl MetricsRange {
+    /// How far back that is.
+    pub fn seconds(self) -> u32 {
+        match self {
+            Self::FiveMinutes => 300,
+            Self::TenMinutes => 600,
+            Self::Hour => 3600,
+            Self::TwoHours => 7200,
+            Self::SixHours => 6 * 3600,
+            Self::TwelveHours => 12 * 3600,
+            Self::Day => 24 * 3600,
+        }
+    }
+}
+
 /// One reading.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Point {
     /// Seconds since 1970.
     pub timestamp_unix: i64,
-    /// Of all its processors together, 0 to 100, since the reading before.
+    /// Of all its processors together, 0 to 100, since the reading before; 0 in the first.
     pub cpu_pct: f64,
+    /// Memory that its microVM takes of its host.
     pub mem_bytes: u64,
+    /// Disk space that it takes of its host beyond its template.
     pub disk_bytes: u64,
+    /// What it sent since it was started or last resumed.
+    pub net_sent_bytes: u64,
+    /// What was sent to it since it was started or last resumed.
+    pub net_received_bytes: u64,
 }
 
-/// What a capsule uses, as its guest sees it.
+/// What a capsule used, as its host saw it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CapsuleMetrics {
     #[schema(value_type = String, pattern = "^cl-[0-9a-z]{25}$")]

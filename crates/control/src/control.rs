@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_api::Endpoint;
 use api::{SafeName, TeamId};
 use axum::Router;
-use tokio::net::TcpListener;
+use proxy::Listener;
 
 use crate::op::Context;
 use crate::{db, http, tasks};
@@ -91,7 +91,11 @@ impl Control {
     }
 
     /// Serves until `shutdown`, then gives what is under way a moment to end. Background tasks run for as long.
-    pub async fn run(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+    pub async fn run(
+        &self,
+        listener: impl Listener + 'static,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), Error> {
         let stop = self.ctx.stop.clone();
         // Whoever drops this future means the same.
         let _stop = stop.clone().drop_guard();

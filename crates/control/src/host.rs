@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use agent_api::{
     CapsuleState, CreateCapsuleRequest, DeleteTemplateRequest, DestroyCapsuleRequest, Endpoint, ForkCapsuleRequest,
-    GuestFiles, GuestProcesses, HibernateCapsuleRequest, Lifecycle, ListCapsulesRequest, PauseCapsuleRequest,
-    ResumeCapsuleRequest, SetEgressRequest, SnapshotCapsuleRequest, TouchCapsuleRequest, Transport,
+    GetMetricsRequest, GuestFiles, GuestProcesses, HibernateCapsuleRequest, Lifecycle, ListCapsulesRequest,
+    PauseCapsuleRequest, ResumeCapsuleRequest, SetEgressRequest, SnapshotCapsuleRequest, TouchCapsuleRequest,
+    Transport,
 };
 use api::egress::Policy;
-use api::{CapsuleId, CapsuleSpec, Sizes};
+use api::{CapsuleId, CapsuleSpec, Point, Sizes};
 use chrono::{DateTime, Utc};
 use connectrpc::client::{CallOptions, ClientBody};
 use connectrpc::{ConnectError, ErrorCode};
@@ -25,7 +26,7 @@ pub enum Error {
     #[error("the host does not answer")]
     Unreachable(#[source] ConnectError),
     /// It has no room.
-    #[error("the host is full")]
+    #[error("the host is full: {}", words(.0))]
     Full(#[source] ConnectError),
     /// It has not answered in time, and may still do it.
     #[error("the host did not answer in time")]
@@ -273,6 +274,21 @@ impl Host {
         let request = TouchCapsuleRequest { id: id.to_string(), ..Default::default() };
         self.lifecycle.touch_capsule_with_options(request, within(QUICK)).await?;
         Ok(())
+    }
+
+    /// What the host saw the capsule use in the last `seconds`.
+    pub async fn metrics(&self, id: CapsuleId, seconds: u32) -> Result<Vec<Point>, Error> {
+        let request = GetMetricsRequest { id: id.to_string(), seconds, ..Default::default() };
+        let answer = self.lifecycle.get_metrics_with_options(request, within(QUICK)).await?.into_owned();
+        let point = |point: agent_api::MetricsPoint| Point {
+            timestamp_unix: point.unix_ms / 1000,
+            cpu_pct: point.cpu_percent,
+            mem_bytes: point.memory_bytes,
+            disk_bytes: point.disk_bytes,
+            net_sent_bytes: point.sent_bytes,
+            net_received_bytes: point.received_bytes,
+        };
+        Ok(answer.points.into_iter().map(point).collect())
     }
 
     /// The processes of a capsule.

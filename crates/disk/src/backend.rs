@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::str::FromStr;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -10,32 +11,40 @@ use crate::{Error, sparse};
 /// How a root disk comes from an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// The file system shares the image's blocks until they are written (`FICLONE`: XFS, btrfs).
+    /// The file system shares the image's blocks until they are written (`FICLONE`: XFS, btrfs). Disks take space as they are
+    /// written, and more may be promised than there is.
     Reflink,
+    /// A device of the kernel's takes what was not written from the image (dm-snapshot). A disk that is in use has all the
+    /// space that it may ever take: none is attached that could run out of it.
+    DeviceMapper,
     /// Every block with data is copied.
     Copy,
 }
 
-impl Backend {
-    /// Makes `dest`, a writable disk that begins as `image`, in full or not at all. `dest` must not exist; its
-    /// directory must. `size` in bytes enlarges it with a hole at the end (the guest grows its file system).
-    pub fn clone(self, image: &Path, dest: &Path, size: Option<u64>) -> Result<(), Error> {
-        let src = File::open(image).map_err(Error::read(image))?;
-        let image_size = src.metadata().map_err(Error::read(image))?.len();
-        if let Some(asked) = size.filter(|&asked| asked < image_size) {
-            return Err(Error::TooSmall { asked, image: image.to_owned(), image_size });
-        }
-        let new = unnamed_beside(dest)?;
-        self.fill(&src, &new).map_err(Error::write(dest))?;
-        if let Some(size) = size {
-            new.set_len(size).map_err(Error::write(dest))?;
-        }
-        name(&new, dest).map_err(Error::write(dest))
-    }
+/// The text is none of `reflink`, `device-mapper` and `copy`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("disks are made by `reflink`, `device-mapper` or `copy`")]
+pub struct UnknownBackend;
 
+impl FromStr for Backend {
+    type Err = UnknownBackend;
+
+    fn from_str(text: &str) -> Result<Self, UnknownBackend> {
+        match text {
+            "reflink" => Ok(Self::Reflink),
+            "device-mapper" => Ok(Self::DeviceMapper),
+            "copy" => Ok(Self::Copy),
+            _ => Err(UnknownBackend),
+        }
+    }
+}
+
+impl Backend {
+    /// Has `dest`, an empty file, be what `src` is: a plain disk or an image.
     pub(crate) fn fill(self, src: &File, dest: &File) -> std::io::Result<()> {
         match self {
             Self::Reflink => Ok(rustix::fs::ioctl_ficlone(dest, src)?),
+            Self::DeviceMapper => share_or_copy(src, dest),
             Self::Copy => sparse::copy(src, dest),
         }
     }
@@ -46,6 +55,14 @@ impl Backend {
         let mut src = unnamed_beside(&probe)?;
         src.write_all(&[1; 4096]).map_err(Error::write(&probe))?;
         Ok(self.fill(&src, &unnamed_beside(&probe)?).is_ok())
+    }
+}
+
+/// Has `dest`, an empty file, be what `src` is, at the least cost that its file system allows.
+pub(crate) fn share_or_copy(src: &File, dest: &File) -> std::io::Result<()> {
+    match rustix::fs::ioctl_ficlone(dest, src) {
+        Ok(()) => Ok(()),
+        Err(_) => sparse::copy(src, dest),
     }
 }
 

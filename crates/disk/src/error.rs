@@ -25,9 +25,47 @@ pub enum Error {
         /// Its size.
         image_size: u64,
     },
-    /// The volume is in use, so it stays mounted.
+    /// The volume is in use, so it stays mounted; or a disk, so it stays attached.
     #[error("{} is still in use", .0.display())]
     Busy(PathBuf),
+    /// The kernel has no device-mapper.
+    #[error("open /dev/mapper/control (modprobe dm-snapshot dm-zero)")]
+    NoDeviceMapper(#[source] io::Error),
+    /// No space can be reserved below that directory, because every write takes new space there.
+    #[error("no space can be reserved for disks in {}, which is on btrfs", .0.display())]
+    Unreservable(PathBuf),
+    /// A disk or image is not a whole number of pages long.
+    #[error("{} has {size} bytes, which is no multiple of 4096", path.display())]
+    Uneven {
+        /// The image, or the disk that was asked for.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// Only an image that was imported can be under a copy-on-write disk.
+    #[error("{} was not imported", .0.display())]
+    NotImported(PathBuf),
+    /// A device could not be made, looked for or removed.
+    #[error("{doing} {}", path.display())]
+    Device {
+        /// What was being done, as a verb.
+        doing: &'static str,
+        /// To which disk or image.
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel found that a disk is not all there any more, and refuses all of it.
+    #[error("the kernel has given up the disk {}", .0.display())]
+    GivenUp(PathBuf),
+    /// A disk could not be read, or is no disk.
+    #[error("read the disk {}", path.display())]
+    Disk {
+        /// The disk.
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// A directory could not be found, made or written.
     #[error("prepare the directory {}", path.display())]
     Directory {
@@ -98,6 +136,14 @@ impl Error {
             io::ErrorKind::NotFound => Self::ImageMissing(path.to_owned()),
             _ => Self::Read { path: path.to_owned(), source },
         }
+    }
+
+    pub(crate) fn device(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Device { doing, path: path.to_owned(), source }
+    }
+
+    pub(crate) fn disk(path: &Path) -> impl Fn(io::Error) -> Self {
+        |source| Self::Disk { path: path.to_owned(), source }
     }
 
     /// For everything that writes: a full file system has its own variant.

@@ -1,8 +1,9 @@
-//! Loop devices: the three ioctls of `linux/loop.h` that a volume needs.
+//! Loop devices: the two ioctls of `linux/loop.h` that a volume and a copy-on-write disk need.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -10,6 +11,7 @@ use rustix::ioctl::{self, Setter};
 
 const LOOP_CTL_GET_FREE: ioctl::Opcode = 0x4C82;
 const LOOP_CONFIGURE: ioctl::Opcode = 0x4C0A;
+const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 /// Somebody else may take the free device we were told of; after so many times something else is wrong.
@@ -63,10 +65,10 @@ unsafe impl ioctl::Ioctl for GetFree {
     }
 }
 
-/// An attached loop device. The kernel detaches it when the last user is gone: this handle or a mount.
+/// An attached loop device. The kernel detaches it when the last user is gone: this handle, a mount or a device over it.
 pub(crate) struct LoopDevice {
     path: PathBuf,
-    _open: File,
+    open: File,
 }
 
 impl LoopDevice {
@@ -76,9 +78,28 @@ impl LoopDevice {
     /// device over the same file would give XFS two writers.
     pub(crate) fn attach(backing: &Path, block_size: u32) -> io::Result<Self> {
         match find(backing)? {
-            Some(path) => Ok(Self { _open: File::open(&path)?, path }),
-            None => attach_new(backing, block_size),
+            Some(path) => Ok(Self { open: File::open(&path)?, path }),
+            None => Self::over(backing, block_size),
         }
+    }
+
+    /// A new device over `backing`, which nobody else writes to.
+    pub(crate) fn over(backing: &Path, block_size: u32) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(backing)?;
+        // The kernel ignores direct IO by itself where the file below cannot do it.
+        attach_new(&file, block_size, LO_FLAGS_DIRECT_IO)
+    }
+
+    /// A new device over `backing` that nobody can write to. It reads through the page cache, so that what many devices
+    /// over this one begin as is read once.
+    pub(crate) fn read_only(backing: &Path, block_size: u32) -> io::Result<Self> {
+        attach_new(&File::open(backing)?, block_size, LO_FLAGS_READ_ONLY)
+    }
+
+    /// Its numbers, as device-mapper reads them.
+    pub(crate) fn numbers(&self) -> io::Result<String> {
+        let device = self.open.metadata()?.rdev();
+        Ok(format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -99,16 +120,15 @@ pub(crate) fn find(backing: &Path) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-fn attach_new(backing: &Path, block_size: u32) -> io::Result<LoopDevice> {
+fn attach_new(backing: &File, block_size: u32, flags: u32) -> io::Result<LoopDevice> {
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
-    let file = OpenOptions::new().read(true).write(true).open(backing)?;
     for _ in 0..ATTEMPTS {
         // SAFETY: `GetFree` describes LOOP_CTL_GET_FREE, and `control` is the loop control device.
         let number = unsafe { ioctl::ioctl(&control, GetFree) }?;
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = OpenOptions::new().read(true).write(true).open(&path)?;
-        match configure(&device, &file, block_size) {
-            Ok(()) => return Ok(LoopDevice { path, _open: device }),
+        let open = OpenOptions::new().read(true).write(true).open(&path)?;
+        match configure(&open, backing, block_size, flags | LO_FLAGS_AUTOCLEAR) {
+            Ok(()) => return Ok(LoopDevice { path, open }),
             Err(Errno::BUSY) => {}
             Err(error) => return Err(error.into()),
         }
@@ -116,12 +136,11 @@ fn attach_new(backing: &Path, block_size: u32) -> io::Result<LoopDevice> {
     Err(Errno::BUSY.into())
 }
 
-fn configure(device: &File, backing: &File, block_size: u32) -> Result<(), Errno> {
+fn configure(device: &File, backing: &File, block_size: u32, flags: u32) -> Result<(), Errno> {
     let config = LoopConfig {
         fd: u32::try_from(backing.as_raw_fd()).map_err(|_| Errno::BADF)?,
         block_size,
-        // The kernel ignores direct IO by itself where the file below cannot do it.
-        info: LoopInfo64 { flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO, ..LoopInfo64::EMPTY },
+        info: LoopInfo64 { flags, ..LoopInfo64::EMPTY },
         reserved: [0; 8],
     };
     // SAFETY: LOOP_CONFIGURE reads one `loop_config`, whose layout `LoopConfig` has, and keeps no pointer to it.

@@ -43,6 +43,14 @@ fn image(dir: &Path) -> PathBuf {
     path
 }
 
+fn open(dir: &Path) -> Result<Disks, Error> {
+    Disks::open(dir, "test", None)
+}
+
+fn without_mkfs(dir: &Path) -> Result<Disks, Error> {
+    Disks::open_with(dir, "test", None, "/nonexistent/mkfs.xfs".as_ref())
+}
+
 fn base() -> ImageName {
     "base-1.0".parse().unwrap()
 }
@@ -62,7 +70,7 @@ fn data_bytes(path: &Path) -> u64 {
 #[test]
 fn a_directory_that_cannot_share_blocks_gets_a_volume_that_can() {
     let dir = DataDir::new();
-    let disks = Disks::open(dir.path()).unwrap();
+    let disks = open(dir.path()).unwrap();
     assert_eq!(disks.backend(), Backend::Reflink);
     assert_eq!(disks.root(), dir.path().canonicalize().unwrap().join("volume"));
     assert!(fs::metadata(dir.path().join("volume.xfs")).unwrap().len() >= volume_minimum());
@@ -77,7 +85,7 @@ fn a_directory_that_cannot_share_blocks_gets_a_volume_that_can() {
     let before = free();
     let clones: Vec<_> = (0..50).map(|i| disks.root().join(format!("clone-{i}"))).collect();
     for clone in &clones {
-        disks.backend().clone(&path, clone, None).unwrap();
+        disks.create(&path, clone, None).unwrap();
     }
     File::options().write(true).open(&clones[7]).unwrap().write_all_at(b"mine!", 0).unwrap();
     rustix::fs::syncfs(File::open(disks.root()).unwrap()).unwrap();
@@ -100,21 +108,21 @@ fn volume_minimum() -> u64 {
 #[test]
 fn a_killed_agent_s_volume_is_used_as_it_is() {
     let dir = DataDir::new();
-    let first = Disks::open(dir.path()).unwrap();
+    let first = open(dir.path()).unwrap();
     let path = first.import_image(&image(dir.path()), &base()).unwrap();
     let device = loops_of(dir.path());
     assert!(device.is_some());
     // A kill runs no destructor, and Disks has none: what is open is closed, mount and loop stay.
     drop(first);
 
-    let second = Disks::open(dir.path()).unwrap();
+    let second = open(dir.path()).unwrap();
     assert_eq!(loops_of(dir.path()), device);
     assert_eq!(second.import_image(&dir.path().join("built.ext4"), &base()).unwrap(), path);
     second.close().unwrap();
     assert_eq!(loops_of(dir.path()), None);
 
     // And after an orderly end it is mounted again, with what was in it.
-    let third = Disks::open(dir.path()).unwrap();
+    let third = open(dir.path()).unwrap();
     assert!(path.exists());
     third.close().unwrap();
 }
@@ -122,14 +130,14 @@ fn a_killed_agent_s_volume_is_used_as_it_is() {
 #[test]
 fn a_volume_mounted_out_of_sight_is_not_attached_twice() {
     let dir = DataDir::new();
-    let disks = Disks::open(dir.path()).unwrap();
+    let disks = open(dir.path()).unwrap();
     let device = loops_of(dir.path()).unwrap();
     // Another mount of the same volume stands for one in a mount namespace that we do not see.
     let elsewhere = tempfile::tempdir().unwrap();
     rustix::mount::mount_bind(disks.root(), elsewhere.path()).unwrap();
     disks.close().unwrap();
     assert_eq!(loops_of(dir.path()).as_deref(), Some(&*device));
-    let again = Disks::open(dir.path()).unwrap();
+    let again = open(dir.path()).unwrap();
     assert_eq!(loops_of(dir.path()).as_deref(), Some(&*device));
     rustix::mount::unmount(elsewhere.path(), UnmountFlags::empty()).unwrap();
     again.close().unwrap();
@@ -139,7 +147,7 @@ fn a_volume_mounted_out_of_sight_is_not_attached_twice() {
 #[test]
 fn two_directories_do_not_meet() {
     let (a, b) = (DataDir::new(), DataDir::new());
-    let (disks_a, disks_b) = (Disks::open(a.path()).unwrap(), Disks::open(b.path()).unwrap());
+    let (disks_a, disks_b) = (open(a.path()).unwrap(), open(b.path()).unwrap());
     let path = disks_a.import_image(&image(a.path()), &base()).unwrap();
     assert_ne!(loops_of(a.path()), loops_of(b.path()));
     assert_eq!(fs::read_dir(disks_b.root().join("images")).unwrap().count(), 0);
@@ -151,12 +159,12 @@ fn two_directories_do_not_meet() {
 #[test]
 fn a_volume_in_use_says_so() {
     let dir = DataDir::new();
-    let disks = Disks::open(dir.path()).unwrap();
+    let disks = open(dir.path()).unwrap();
     let root = disks.root().to_owned();
-    let open = File::create(root.join("in-use")).unwrap();
+    let used = File::create(root.join("in-use")).unwrap();
     assert!(matches!(disks.close(), Err(Error::Busy(path)) if path == root));
-    drop(open);
-    Disks::open(dir.path()).unwrap().close().unwrap();
+    drop(used);
+    open(dir.path()).unwrap().close().unwrap();
     assert_eq!(loops_of(dir.path()), None);
 }
 
@@ -164,7 +172,7 @@ fn a_volume_in_use_says_so() {
 fn a_volume_that_cannot_be_mounted_is_not_passed_over() {
     let dir = DataDir::new();
     fs::write(dir.path().join("volume.xfs"), vec![0; MIB as usize]).unwrap();
-    assert!(matches!(Disks::open(dir.path()), Err(Error::Mount { .. })));
+    assert!(matches!(open(dir.path()), Err(Error::Mount { .. })));
     assert_eq!(loops_of(dir.path()), None);
     assert_eq!(fs::metadata(dir.path().join("volume.xfs")).unwrap().len(), MIB);
 }
@@ -172,10 +180,10 @@ fn a_volume_that_cannot_be_mounted_is_not_passed_over() {
 #[test]
 fn a_file_system_that_can_share_blocks_is_used_directly() {
     let outer = DataDir::new();
-    let volume = Disks::open(outer.path()).unwrap();
+    let volume = open(outer.path()).unwrap();
     let inner = volume.root().join("data");
     fs::create_dir(&inner).unwrap();
-    let disks = Disks::open(&inner).unwrap();
+    let disks = open(&inner).unwrap();
     assert_eq!((disks.backend(), disks.root()), (Backend::Reflink, inner.as_path()));
     assert!(!inner.join("volume.xfs").exists());
     disks.close().unwrap();
@@ -185,7 +193,7 @@ fn a_file_system_that_can_share_blocks_is_used_directly() {
 #[test]
 fn without_mkfs_disks_are_sparse_copies() {
     let dir = DataDir::new();
-    let disks = Disks::open_with(dir.path(), "/nonexistent/mkfs.xfs".as_ref()).unwrap();
+    let disks = without_mkfs(dir.path()).unwrap();
     assert_eq!((disks.backend(), disks.root()), (Backend::Copy, dir.path()));
     let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
@@ -194,7 +202,7 @@ fn without_mkfs_disks_are_sparse_copies() {
     let built = image(dir.path());
     let path = disks.import_image(&built, &base()).unwrap();
     let clone = dir.path().join("clone");
-    disks.backend().clone(&path, &clone, Some(64 * MIB)).unwrap();
+    disks.create(&path, &clone, Some(64 * MIB)).unwrap();
     for copy in [&path, &clone] {
         assert!(data_bytes(copy) < MIB, "{} has {} bytes of data", copy.display(), data_bytes(copy));
         let mut start = vec![0; 8 * MIB as usize];
@@ -214,7 +222,7 @@ fn without_mkfs_disks_are_sparse_copies() {
 #[test]
 fn the_same_content_is_one_image_wherever_its_holes_are() {
     let dir = DataDir::new();
-    let disks = Disks::open_with(dir.path(), "/nonexistent/mkfs.xfs".as_ref()).unwrap();
+    let disks = without_mkfs(dir.path()).unwrap();
     let sparse = image(dir.path());
     let dense = dir.path().join("dense");
     fs::write(&dense, fs::read(&sparse).unwrap()).unwrap();
@@ -231,21 +239,13 @@ fn the_same_content_is_one_image_wherever_its_holes_are() {
 }
 
 #[test]
-fn a_clone_says_why_it_cannot_be_made_and_leaves_nothing() {
+fn who_asks_for_what_a_directory_cannot_do_is_told() {
     let dir = DataDir::new();
-    let built = image(dir.path());
-    let dest = dir.path().join("clone");
-    let missing = dir.path().join("no-such-image");
-    let error = Backend::Copy.clone(&missing, &dest, None).unwrap_err();
-    assert!(matches!(&error, Error::ImageMissing(path) if *path == missing));
-    let error = Backend::Copy.clone(&built, &dest, Some(8 * MIB - 1)).unwrap_err();
-    assert!(
-        matches!(error, Error::TooSmall { asked, image_size, .. } if (asked, image_size) == (8 * MIB - 1, 8 * MIB))
-    );
-    assert!(matches!(Backend::Reflink.clone(&built, &dest, None), Err(Error::Write { .. })), "ext4 cannot");
-    assert!(!dest.exists());
-    Backend::Copy.clone(&built, &dest, None).unwrap();
-    assert!(matches!(Backend::Copy.clone(&built, &dest, None), Err(Error::Write { .. })), "a disk is never replaced");
+    let refused = Disks::open_with(dir.path(), "test", Some(Backend::Reflink), "/nonexistent/mkfs.xfs".as_ref());
+    assert!(matches!(refused, Err(Error::RunMkfs(_))), "{refused:?}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    let copies = Disks::open(dir.path(), "test", Some(Backend::Copy)).unwrap();
+    assert_eq!((copies.backend(), copies.root()), (Backend::Copy, dir.path()));
 }
 
 #[test]
@@ -253,8 +253,8 @@ fn a_full_file_system_is_its_own_error() {
     let built = image(tempfile::tempdir().unwrap().keep().as_path());
     let small = tempfile::tempdir().unwrap();
     rustix::mount::mount("tmpfs", small.path(), "tmpfs", MountFlags::empty(), c"size=128k").unwrap();
-    let disks = Disks::open_with(small.path(), "/nonexistent/mkfs.xfs".as_ref()).unwrap();
-    let cloned = disks.backend().clone(&built, &small.path().join("clone"), None);
+    let disks = without_mkfs(small.path()).unwrap();
+    let cloned = disks.create(&built, &small.path().join("clone"), None);
     let imported = disks.import_image(&built, &base());
     let images = fs::read_dir(small.path().join("images")).unwrap().count();
     let names = fs::read_dir(small.path()).unwrap().count();

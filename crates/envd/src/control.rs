@@ -78,6 +78,7 @@ async fn init(
 async fn restore(context: &Context, caller: SocketAddr, mut init: Init) -> Response {
     let Some(restore) = init.restore.take() else { return error(StatusCode::BAD_REQUEST, "restore is missing") };
     let Some(host_time) = init.timestamp else { return error(StatusCode::BAD_REQUEST, "restore needs timestamp") };
+    let metadata = restore.metadata.clone();
     let plan = match snapshot::Plan::new(restore) {
         Ok(plan) => plan,
         Err(refused) => return error(StatusCode::BAD_REQUEST, &refused.to_string()),
@@ -99,10 +100,14 @@ async fn restore(context: &Context, caller: SocketAddr, mut init: Init) -> Respo
         Err(failure) => return failed("not restored", &failure),
     };
     context.settings.apply_anew(init);
-    context.mmds.forget();
-    let (mmds, settings) = (Arc::clone(&context.mmds), Arc::clone(&context.settings));
-    tokio::spawn(async move { mmds.learn(&settings).await });
-    context.mmds.wait(NAME).await;
+    if let Some(metadata) = metadata {
+        context.mmds.know(&context.settings, metadata);
+    } else {
+        context.mmds.forget();
+        let (mmds, settings) = (Arc::clone(&context.mmds), Arc::clone(&context.settings));
+        tokio::spawn(async move { mmds.learn(&settings).await });
+        context.mmds.wait(NAME).await;
+    }
     if let Err(failure) = freeze::thaw_all(&context.cgroups) {
         return failed("cannot thaw", &failure);
     }

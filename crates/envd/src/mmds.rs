@@ -4,7 +4,7 @@
 //! it but the first `/init`, and that not for long: a guest without the service is a guest without a name.
 
 use crate::settings::Settings;
-use serde::Deserialize;
+use guest_api::Metadata;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -37,19 +37,6 @@ pub enum Error {
     Refused(String),
     #[error("the metadata service's answer is not understood")]
     Malformed(#[source] serde_json::Error),
-}
-
-/// What the host puts there.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Metadata {
-    #[serde(rename = "instanceID")]
-    pub instance_id: String,
-    #[serde(rename = "envID")]
-    pub env_id: String,
-    /// SHA-512, in hexadecimal, of the token that may be set whatever is set already.
-    #[serde(rename = "accessTokenHash")]
-    pub access_token_hash: Option<String>,
 }
 
 /// What is known so far.
@@ -86,6 +73,11 @@ impl Mmds {
             tracing::warn!("no metadata service");
             return;
         };
+        self.know(settings, metadata);
+    }
+
+    /// Takes what the service says from the host itself.
+    pub fn know(&self, settings: &Settings, metadata: Metadata) {
         tell(settings, &metadata);
         self.known.send_replace(Some(metadata));
     }

@@ -90,6 +90,24 @@ pub struct Restore {
     /// A fork's machine id, 32 hexadecimal digits; random where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_id: Option<String>,
+    /// What the metadata service says from now on, so that the guest need not ask it; it asks where this is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Metadata>,
+}
+
+/// What the host puts into the guest's metadata service; E2B's names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Metadata {
+    /// The capsule's id.
+    #[serde(rename = "instanceID")]
+    pub instance_id: String,
+    /// The template's id.
+    #[serde(rename = "envID")]
+    pub env_id: String,
+    /// SHA-512, in hexadecimal, of the token that may be set whatever is set already.
+    #[serde(rename = "accessTokenHash", skip_serializing_if = "Option::is_none")]
+    pub access_token_hash: Option<String>,
 }
 
 /// What a snapshot is to the guest that wakes from it.

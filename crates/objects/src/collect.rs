@@ -11,7 +11,7 @@ use crate::store::{CHUNKS, MANIFESTS};
 use crate::{Error, Hash, Objects};
 
 /// Objects, and their bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Count {
     /// How many.
     pub objects: u64,

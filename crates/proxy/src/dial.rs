@@ -6,8 +6,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ use hyper_util::rt::TokioIo;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+use crate::lane::Roaming;
 
 /// Dials of one connection; after the n-th failure n × [`PAUSE`] passes.
 const DIALS: u32 = 3;
@@ -82,11 +84,15 @@ async fn once(target: &Target) -> io::Result<Box<dyn Io>> {
     let stream = match target {
         Target::Address(address) => TcpStream::connect(address).await?,
         Target::Name(name) => TcpStream::connect(name.as_str()).await?,
-        Target::Socket(path) => return Ok(Box::new(UnixStream::connect(path).await?)),
+        Target::Socket(path) => return Ok(Box::new(Roaming::new(UnixStream::connect(path).await?))),
     };
+    readied(stream)
+}
+
+fn readied(stream: TcpStream) -> io::Result<Box<dyn Io>> {
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
-    Ok(Box::new(stream))
+    Ok(Box::new(Roaming::new(stream)))
 }
 
 /// A connection of any kind.
@@ -96,7 +102,21 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
 
 /// A connector that knows one destination, whatever the URI says.
 #[derive(Clone)]
-pub struct Dial(pub Arc<Target>);
+pub struct Dial {
+    target: Arc<Target>,
+    /// A connection that stands already: the next dial is this one.
+    ready: Arc<Mutex<Option<TcpStream>>>,
+}
+
+impl Dial {
+    pub fn new(target: Arc<Target>) -> Self {
+        Self { target, ready: Arc::default() }
+    }
+
+    pub fn begin_with(&self, stream: TcpStream) {
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+    }
+}
 
 impl tower::Service<Uri> for Dial {
     type Response = TokioIo<Wire>;
@@ -108,8 +128,15 @@ impl tower::Service<Uri> for Dial {
     }
 
     fn call(&mut self, _: Uri) -> Self::Future {
-        let target = self.0.clone();
-        Box::pin(async move { Ok(TokioIo::new(Wire { stream: dial(&target).await?, heard: Heard::default() })) })
+        let target = self.target.clone();
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Box::pin(async move {
+            let stream = match ready {
+                Some(stream) => readied(stream)?,
+                None => dial(&target).await?,
+            };
+            Ok(TokioIo::new(Wire { stream, heard: Heard::default() }))
+        })
     }
 }
 

@@ -1,14 +1,17 @@
 //! The reverse proxy between control plane, host agent and guest: HTTP/1.1, streaming both ways, nothing decoded.
 //!
 //! One [`Upstream`] is one destination and its connection pool; dropping it closes the pool, so a destroyed capsule's
-//! connections go with it. [`serve()`] is the other end: listening. [`path`] is how a host names a guest's port. Who may reach
-//! which destination is the caller's business, and so are credentials, pages for people and what becomes of a [`Tunnel`].
+//! connections go with it. [`serve()`] is the other end: listening, with a [`Lane`] aside for what may be much. [`path`] is how a
+//! host names a guest's port. Who may reach which destination is the caller's business, and so are credentials, pages for people
+//! and what becomes of a [`Tunnel`].
 
 mod dial;
 mod expect;
 mod headers;
+mod lane;
 pub mod path;
 mod serve;
+mod tls;
 mod upgrade;
 
 use std::io;
@@ -18,7 +21,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::HeaderValue;
-use http::uri::{Parts, PathAndQuery, Scheme};
+use http::uri::{Authority, Parts, PathAndQuery, Scheme};
 use http::{Extensions, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -29,7 +32,9 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use dial::{Dial, Heard};
 pub use dial::{Io, Target};
-pub use serve::{Listener, Peer, serve};
+pub use lane::{Lane, aside, back, threads_aside};
+pub use serve::{Listener, Peer, Secure, serve};
+pub use tls::Tls;
 pub use upgrade::Tunnel;
 
 /// Any error of a body, from either side.
@@ -50,8 +55,6 @@ where
 const IDLE: Duration = Duration::from_secs(50);
 /// And to one that is not: below the 5 seconds for which common servers keep them, so that they do not close them first.
 const STRANGERS_IDLE: Duration = Duration::from_secs(4);
-/// Headers of a request or an answer.
-const HEADERS: usize = 256;
 /// Bytes of one connection that are read and not yet passed on, and most of a head. What one connection may do at a time is as
 /// long as others wait.
 const BUFFER: usize = 128 << 10;
@@ -87,6 +90,9 @@ pub enum Answer {
 #[derive(Clone)]
 pub struct Upstream {
     target: Arc<Target>,
+    dial: Dial,
+    /// What it is called on the wire. A socket file has no name there, so any host stands for it.
+    authority: Authority,
     client: Client<Dial, BoxBody>,
 }
 
@@ -102,14 +108,25 @@ impl Upstream {
     }
 
     fn keeping(target: Target, idle: Duration) -> Self {
+        let authority = match &target {
+            Target::Address(address) => address.to_string().parse().ok(),
+            Target::Name(name) => name.parse().ok(),
+            Target::Socket(_) => None,
+        };
+        let authority = authority.unwrap_or(Authority::from_static("host"));
         let target = Arc::new(target);
+        let dial = Dial::new(target.clone());
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(idle)
             .pool_timer(TokioTimer::new())
-            .http1_max_headers(HEADERS)
             .http1_max_buf_size(BUFFER)
-            .build(Dial(target.clone()));
-        Self { target, client }
+            .build(dial.clone());
+        Self { target, authority, dial, client }
+    }
+
+    /// Uses a connection to this destination that stands already, in place of the next dial.
+    pub fn begin_with(&self, stream: tokio::net::TcpStream) {
+        self.dial.begin_with(stream);
     }
 
     /// Sends the request to this destination under the path and query of `request` as it stands, and hands back the
@@ -178,15 +195,9 @@ impl Upstream {
     }
 
     fn absolute(&self, uri: &Uri) -> Uri {
-        let authority = match &*self.target {
-            Target::Address(address) => address.to_string().parse().ok(),
-            Target::Name(name) => name.parse().ok(),
-            // A socket file has no name on the wire, so any host stands for it.
-            Target::Socket(_) => None,
-        };
         let mut parts = Parts::default();
         parts.scheme = Some(Scheme::HTTP);
-        parts.authority = authority.or_else(|| "host".parse().ok());
+        parts.authority = Some(self.authority.clone());
         parts.path_and_query = uri.path_and_query().cloned().or(Some(PathAndQuery::from_static("/")));
         Uri::from_parts(parts).expect("scheme, authority and path are all there")
     }

@@ -15,7 +15,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Extensions, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -29,7 +29,8 @@ use tokio::time::{Instant, Sleep};
 use tower::{Service, ServiceExt};
 
 use crate::dial::{Io, keep_alive};
-use crate::{BUFFER, BodyError, HEADERS};
+use crate::lane::{Aside, Lane, Roaming};
+use crate::{BUFFER, BodyError};
 
 /// How long the head of a request may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
@@ -42,8 +43,15 @@ const BREATH: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer(pub IpAddr);
 
+/// In the extensions of a request that came by TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Secure;
+
 /// Where connections come from.
 pub trait Listener: Send {
+    /// Whether nobody on the way can read them.
+    const IS_SECURE: bool = false;
+
     /// The next connection, and who is at its other end.
     fn accept(&mut self) -> impl Future<Output = io::Result<(Box<dyn Io>, Option<Peer>)>> + Send;
 }
@@ -53,24 +61,27 @@ impl Listener for TcpListener {
         let (stream, peer) = TcpListener::accept(self).await?;
         // Answers are written whole; waiting to fill a segment would only delay them. A socket that refuses is closed anyway.
         let _ = stream.set_nodelay(true).and_then(|()| keep_alive(&stream));
-        Ok((Box::new(stream), Some(Peer(peer.ip().to_canonical()))))
+        Ok((Box::new(Roaming::new(stream)), Some(Peer(peer.ip().to_canonical()))))
     }
 }
 
 impl Listener for UnixListener {
     async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
-        Ok((Box::new(UnixListener::accept(self).await?.0), None))
+        Ok((Box::new(Roaming::new(UnixListener::accept(self).await?.0)), None))
     }
 }
 
-/// Serves until `stop`, then lets the exchanges that are open come to their end. Whoever drops this future cuts them.
-pub async fn serve<S, B>(mut listener: impl Listener, service: S, stop: impl Future<Output = ()>)
+/// Serves until `stop`, then lets the exchanges that are open come to their end. Whoever drops this future cuts them, and
+/// what became of them on the lane aside. Every request has its connection's [`Lane`] in its extensions.
+pub async fn serve<L, S, B>(mut listener: L, service: S, stop: impl Future<Output = ()>)
 where
+    L: Listener,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static,
     B: Body<Data = Bytes, Error: Into<BodyError>> + Send + Unpin + 'static,
 {
     let (stopping, stopped) = watch::channel(());
     let mut connections = JoinSet::new();
+    let aside = Arc::new(Aside::default());
     let mut stop = pin!(stop);
     loop {
         tokio::select! {
@@ -78,7 +89,12 @@ where
             // One that panicked has said so where it did.
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => drop(connections.spawn(connection(stream, peer, service.clone(), stopped.clone()))),
+                Ok((stream, peer)) => {
+                    let lane = Lane::new(&aside);
+                    let known = Known { peer, is_secure: L::IS_SECURE, lane: lane.clone() };
+                    let serving = connection(stream, known, service.clone(), stopped.clone());
+                    connections.spawn(lane.drive(Box::pin(serving)));
+                }
                 // A client that was gone before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(_) => tokio::time::sleep(BREATH).await,
@@ -90,7 +106,26 @@ where
     while connections.join_next().await.is_some() {}
 }
 
-async fn connection<S, B>(stream: Box<dyn Io>, peer: Option<Peer>, service: S, mut stopped: watch::Receiver<()>)
+/// What every request of a connection is told of it.
+struct Known {
+    peer: Option<Peer>,
+    is_secure: bool,
+    lane: Lane,
+}
+
+impl Known {
+    fn tell(&self, extensions: &mut Extensions) {
+        if let Some(peer) = self.peer {
+            extensions.insert(peer);
+        }
+        if self.is_secure {
+            extensions.insert(Secure);
+        }
+        extensions.insert(self.lane.clone());
+    }
+}
+
+async fn connection<S, B>(stream: Box<dyn Io>, known: Known, service: S, mut stopped: watch::Receiver<()>)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send> + Clone + Send + 'static,
     B: Body<Data = Bytes, Error: Into<BodyError>> + Send + Unpin + 'static,
@@ -100,9 +135,7 @@ where
         TokioIo::new(Patient { stream, phase: phase.clone(), sleep: Box::pin(tokio::time::sleep(HEAD_LIMIT)) });
     let service = service_fn(move |mut request: Request<Incoming>| {
         let busy = phase.begin();
-        if let Some(peer) = peer {
-            request.extensions_mut().insert(peer);
-        }
+        known.tell(request.extensions_mut());
         let answer = service.clone().oneshot(request);
         async move {
             let answer = answer.await?;
@@ -117,7 +150,6 @@ where
     // How long a head may take we measure ourselves: hyper has one limit for it and for idleness.
     let serving = http1::Builder::new()
         .header_read_timeout(None)
-        .max_headers(HEADERS)
         .max_buf_size(BUFFER)
         .serve_connection(stream, service)
         .with_upgrades();

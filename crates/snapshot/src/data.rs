@@ -173,6 +173,16 @@ impl DataFile {
         self.check(offset, bytes)
     }
 
+    /// Whether a page of the data is that, byte for byte. Its checksum says most noes without reading it; what cannot be
+    /// read is a no too.
+    pub(crate) fn is_page(&self, page: u32, content: &[u8]) -> bool {
+        let at = page as usize * CHECKSUM;
+        let mut there = [0; PAGE];
+        self.checksums.get(at..at + CHECKSUM).is_some_and(|sum| sum == crc32fast::hash(content).to_le_bytes())
+            && self.file.read_exact_at(&mut there, offset_of(page)).is_ok()
+            && there == content
+    }
+
     /// Reads and checks every page.
     pub fn verify(&self) -> Result<(), Error> {
         let mut buffer = vec![0; BUFFER];

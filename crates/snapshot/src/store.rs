@@ -144,8 +144,8 @@ impl Store {
     /// Stores the pages of `diff` that the guest wrote since `parent`, or since it was booted, and makes them durable.
     ///
     /// `diff` is the file of a `Diff` snapshot on a tmpfs: as long as the memory, with data where pages were written and
-    /// holes elsewhere. Written zeros are zeros, whatever the parent has there; they take no space. `parent` is the
-    /// header the guest was resumed from; nothing of it changes.
+    /// holes elsewhere. Written zeros are zeros, whatever the parent has there; they take no space, and neither do pages that
+    /// are what the parent has. `parent` is the header the guest was resumed from; nothing of it changes.
     pub fn pack(&self, diff: &File, parent: Option<&Path>) -> Result<Packed, Error> {
         let pages = pack::memory_pages(diff)?;
         let parent = parent.map(|path| self.pinned(path)).transpose()?;
@@ -153,7 +153,8 @@ impl Store {
         let (id, generation) = (random_id()?, random_id()?);
         let pin = self.pin(parent.map(ids).unwrap_or_default(), generation);
         let mut writer = Writer::create(&self.generations, generation)?;
-        let written = pack::pack(diff, pages, &mut writer)?;
+        let before = parent.map(|parent| pack::Before::open(&self.generations, parent));
+        let written = pack::pack(diff, pages, before.as_ref(), &mut writer)?;
         let generation = Generation { id: generation, pages: writer.pages() };
         let header = merge::overlay(id, pages, parent, &written, generation)?;
         let bytes_written = writer.commit()?;

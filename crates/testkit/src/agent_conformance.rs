@@ -36,6 +36,8 @@ pub async fn all(subject: &Subject) {
     what_is_not_there(subject).await;
     specifications_are_checked(subject).await;
     the_host_says_what_it_is(subject).await;
+    what_is_used_is_told_to_whoever_asks(subject).await;
+    what_a_host_cannot_hold(subject).await;
     asleep::all(subject).await;
     copies::all(subject).await;
 }
@@ -268,4 +270,43 @@ pub async fn the_host_says_what_it_is(subject: &Subject) {
         subject.lifecycle().get_host(GetHostRequest::default()).await.expect("a host describes itself").into_owned();
     assert!(!host.agent_version.is_empty() && !host.vmm.is_empty() && host.cpus > 0 && host.memory_mib > 0);
     assert!(host.images.contains(&subject.image), "{:?}", host.images);
+}
+
+/// What a capsule uses, without a word to its guest.
+pub async fn what_is_used_is_told_to_whoever_asks(subject: &Subject) {
+    let spec = subject.spec();
+    let ask = async || {
+        let request = GetMetricsRequest { id: spec.id.clone(), seconds: 600, ..Default::default() };
+        subject.lifecycle().get_metrics(request).await.map(|answer| answer.into_owned().points)
+    };
+    assert_eq!(ask().await.expect_err("nothing is known of what is not there").code, ErrorCode::NotFound);
+    let capsule = subject.create(&spec).await.expect("a create succeeds");
+    let points = ask().await.expect("a running capsule has metrics");
+    let point = points.last().expect("the last point is of now");
+    assert!(point.unix_ms > 1_700_000_000_000 && point.memory_bytes > 0 && point.disk_bytes > 0, "{point:?}");
+    assert!(point.cpu_usec > 0 && point.sent_bytes > 0 && point.received_bytes > 0, "{point:?}");
+    assert!(points.iter().all(|point| (0.0..=100.0).contains(&point.cpu_percent)), "{points:?}");
+    assert!(points.is_sorted_by_key(|point| point.unix_ms), "{points:?}");
+    let listed = subject.listed(&spec.id).await.expect("it is listed");
+    assert_eq!(listed.last_active_unix_ms, capsule.last_active_unix_ms, "asking is no activity");
+    subject.destroy(&spec.id).await;
+    assert_eq!(ask().await.expect_err("nothing is known of what has ended").code, ErrorCode::NotFound);
+}
+
+/// More than any host has.
+pub async fn what_a_host_cannot_hold(subject: &Subject) {
+    let host = subject.lifecycle().get_host(GetHostRequest::default()).await.expect("it describes itself").into_owned();
+    for room in [host.memory_promised_mib, host.vcpus_promised, host.disk_used_mib] {
+        let room = room.into_option().expect("a host says what it has room for");
+        assert!(room.limit > 0, "{room:?}");
+    }
+    let spec = CapsuleSpec { memory_mib: u32::MAX, ..subject.spec() };
+    let error = subject.create(&spec).await.expect_err("no host has so much memory");
+    assert_eq!(error.code, ErrorCode::ResourceExhausted, "{error}");
+    let full = full::of(&error).expect("the error says of what there is not enough");
+    assert!(
+        ["memory", "disk"].contains(&&*full.resource) && full.used.saturating_add(full.asked) > full.limit,
+        "{full:?}"
+    );
+    assert!(ended(subject.listed(&spec.id).await.and_then(|capsule| capsule.state.as_known())), "it left something");
 }

@@ -29,6 +29,8 @@ use guest::Guest;
 
 /// The image every fake agent has.
 pub const IMAGE: &str = "minimal";
+/// The memory every fake host has.
+const MEMORY_MIB: u32 = 65_536;
 
 /// A listener's task, and what ends it when it is dropped.
 type Server = (JoinHandle<()>, oneshot::Sender<()>);
@@ -55,6 +57,8 @@ pub(crate) struct Inner {
     change_failure: Mutex<Option<ErrorCode>>,
     /// How many capsules may run.
     room: Mutex<usize>,
+    /// How many children of the next fork do not start.
+    failing_children: Mutex<usize>,
     connections: AtomicUsize,
     creates: watch::Sender<usize>,
     destroys: watch::Sender<usize>,
@@ -82,6 +86,7 @@ impl FakeAgent {
             failure: Mutex::default(),
             change_failure: Mutex::default(),
             room: Mutex::new(usize::MAX),
+            failing_children: Mutex::default(),
             connections: AtomicUsize::new(0),
             creates: watch::Sender::new(0),
             destroys: watch::Sender::new(0),
@@ -140,6 +145,11 @@ impl FakeAgent {
     /// No more than that many capsules may run from now on.
     pub fn make_room(&self, capsules: usize) {
         *self.inner.room.lock().expect("no panics under this lock") = capsules;
+    }
+
+    /// The last so many children of the next fork do not start.
+    pub fn fail_children(&self, count: usize) {
+        *self.inner.failing_children.lock().expect("no panics under this lock") = count;
     }
 
     /// The host pauses the capsule by itself, as when nothing happened for its timeout.

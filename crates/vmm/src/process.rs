@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -48,6 +48,15 @@ pub enum Error {
         doing: &'static str,
         /// To which file.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It could not be signalled.
+    #[error("cannot signal process {pid}")]
+    Signal {
+        /// The process.
+        pid: u32,
         /// Why not.
         #[source]
         source: io::Error,
@@ -196,6 +205,18 @@ impl Process {
     /// How it ended, if it has.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
+    }
+
+    /// Asks it to end, by SIGTERM, and waits until it has.
+    pub async fn terminate(&self) -> Result<Exit, Error> {
+        let pid = self.identity.pid;
+        // As in `adopt`. One that has ended is not asked.
+        if let Some(pidfd) = open(pid)?.filter(|_| Identity::of(pid) == Some(self.identity)) {
+            let sent = pidfd_send_signal(&pidfd, Signal::TERM);
+            sent.or_else(|error| if error == Errno::SRCH { Ok(()) } else { Err(error) })
+                .map_err(|source| Error::Signal { pid, source: source.into() })?;
+        }
+        Ok(self.exited().await)
     }
 
     /// Kills it and everything it started, and waits until the group is empty. Repeatable.

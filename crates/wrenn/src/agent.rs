@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ::agent::Agent;
+use ::agent::admission::Limits;
 use anyhow::{Context, Result, bail};
 use api::egress::Cidr;
 use api::limits;
@@ -37,10 +38,55 @@ pub struct AgentCommand {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: Disks,
+    #[command(flatten)]
     egress: Egress,
     /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = vmm_users())]
     vmm_users: u32,
+    #[command(flatten)]
+    room: Room,
+}
+
+/// How far the host may be promised to capsules. A start that does not fit is refused.
+#[derive(Debug, Args)]
+pub struct Room {
+    /// How many times the memory that is not reserved may be promised to capsules.
+    #[arg(long, env = "WRENN_MEMORY_FACTOR", default_value_t = Limits::default().memory_factor, value_parser = factor)]
+    memory_factor: f64,
+    /// Memory that is kept for the host itself, in MiB; an eighth of it if not given.
+    #[arg(long, env = "WRENN_MEMORY_RESERVE", value_name = "MIB")]
+    memory_reserve: Option<u64>,
+    /// How many virtual processors each processor may be promised as.
+    #[arg(long, env = "WRENN_VCPU_FACTOR", default_value_t = Limits::default().vcpu_factor, value_parser = factor)]
+    vcpu_factor: f64,
+    /// Disk space that is kept free, in MiB.
+    #[arg(long, env = "WRENN_DISK_RESERVE", value_name = "MIB", default_value_t = Limits::default().disk_reserve_mib)]
+    disk_reserve: u64,
+}
+
+impl From<Room> for Limits {
+    fn from(room: Room) -> Self {
+        let Room { memory_factor, memory_reserve, vcpu_factor, disk_reserve } = room;
+        Self { memory_factor, memory_reserve_mib: memory_reserve, vcpu_factor, disk_reserve_mib: disk_reserve }
+    }
+}
+
+/// A factor of which something is left.
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(factor) if factor > 0.0 && factor <= 1000.0 => Ok(factor),
+        _ => Err("it must be a number above 0 and up to 1000".into()),
+    }
+}
+
+/// How root disks are made.
+#[derive(Debug, Default, Args)]
+pub struct Disks {
+    /// How root disks are made: reflink, device-mapper (which reserves all of a disk before it is used) or copy, in place of the
+    /// best way that needs nothing but the directory.
+    #[arg(long = "disks", env = "WRENN_DISKS", value_name = "HOW")]
+    backend: Option<::agent::DiskBackend>,
 }
 
 /// What the operator says that capsules may reach, whatever is asked for them.
@@ -61,7 +107,7 @@ pub fn objects(address: &str) -> Result<::objects::Config, ::objects::Error> {
 }
 
 /// Numbers of users, of which none is root, nor beyond what the kernel has.
-pub fn vmm_users() -> clap::builder::RangedU64ValueParser<u32> {
+pub fn vmm_users() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1000..=2_000_000_000)
 }
 
@@ -77,12 +123,14 @@ impl AgentCommand {
         let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
-        let config = config(dir, choice.binary, images, self.objects, self.egress, self.vmm_users)?;
+        let config =
+            config(dir, choice.binary, images, self.objects, self.disks, self.egress, self.vmm_users, self.room)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
         let shutdown = CancellationToken::new();
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let watch = tokio::spawn(agent.clone().watch_capsules(shutdown.clone().cancelled_owned()));
         let mut server = tokio::spawn(proxy::serve(listener, agent.router(), shutdown.clone().cancelled_owned()));
         interrupted().await?;
         shutdown.cancel();
@@ -92,6 +140,7 @@ impl AgentCommand {
             Err(_) => server.abort(),
         }
         forget.await?;
+        watch.await?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -102,8 +151,10 @@ pub fn config(
     vmm: PathBuf,
     images: Images,
     objects: Option<::objects::Config>,
+    disks: Disks,
     egress: Egress,
     vmm_users: u32,
+    room: Room,
 ) -> Result<::agent::Config> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(::agent::Config {
@@ -122,5 +173,7 @@ pub fn config(
         egress_deny: egress.deny,
         slots_ready: ::agent::SLOTS_READY,
         vmm_users,
+        limits: room.into(),
+        disks: disks.backend,
     })
 }

@@ -15,6 +15,7 @@ mod ps;
 mod rm;
 mod shell;
 mod snapshot;
+mod stats;
 mod stdio;
 mod url;
 
@@ -46,6 +47,7 @@ enum Verb {
     Shell(shell::Shell),
     Cp(cp::Cp),
     Ps(ps::Ps),
+    Stats(stats::Stats),
     Kill(kill::Kill),
     Logs(logs::Logs),
     Pause(pause::Pause),
@@ -74,6 +76,7 @@ impl CapsuleCommand {
             Verb::Shell(shell) => Ok(shell.run(&client).await),
             Verb::Cp(cp) => cp.run(&client).await,
             Verb::Ps(ps) => ps.run(&client, self.json).await,
+            Verb::Stats(stats) => stats.run(&client, self.json).await,
             Verb::Kill(kill) => kill.run(&client).await,
             Verb::Logs(logs) => logs.run(&client).await,
             Verb::Pause(pause) => pause.run(&client, self.json).await,

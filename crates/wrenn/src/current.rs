@@ -13,15 +13,24 @@ pub struct Current {
     pub url: String,
     /// A key for it.
     pub api_key: String,
+    /// The authority to trust for it, in PEM, besides all others.
+    pub ca: Option<String>,
     /// Its data directory, by which it knows its own note.
     dir: PathBuf,
 }
 
+impl Current {
+    /// The one of that directory.
+    pub fn new(dir: &Path, url: &str, api_key: &str, ca: Option<&str>) -> Self {
+        let (url, api_key, ca) = (url.to_owned(), api_key.to_owned(), ca.map(str::to_owned));
+        Self { url, api_key, ca, dir: dir.to_owned() }
+    }
+}
+
 /// Notes it; of several on one machine, the last to start is the one that is found.
-pub fn write(dir: &Path, url: &str, api_key: &str) -> Result<()> {
-    let current = Current { url: url.to_owned(), api_key: api_key.to_owned(), dir: dir.to_owned() };
+pub fn write(current: &Current) -> Result<()> {
     let path = path()?;
-    write_to(&path, &current).with_context(|| format!("writing {}", path.display()))
+    write_to(&path, current).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Takes the note away, unless another one wrote it since.
@@ -66,7 +75,7 @@ mod tests {
     use super::*;
 
     fn current(dir: &str) -> Current {
-        Current { url: "http://127.0.0.1:1".to_owned(), api_key: "wrn_1".to_owned(), dir: dir.into() }
+        Current::new(Path::new(dir), "http://127.0.0.1:1", "wrn_1", None)
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod audit;
 mod jail;
 mod kernel;
+mod objects;
 mod programs;
 mod storage;
 
@@ -32,6 +33,9 @@ pub struct Doctor {
     /// Look at what is stored in the data directory instead, also while it is in use. Nothing is changed.
     #[arg(long)]
     storage: bool,
+    /// With --storage: look at this object store too.
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
+    objects: Option<::objects::Config>,
     /// Where the users of VMMs begin, as `wrenn up` and `wrenn agent` are told.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
     vmm_users: u32,
@@ -93,7 +97,7 @@ impl Doctor {
         let progress = Progress::new(self.json);
         progress.show("looking");
         if self.storage {
-            return audit::run(&self.dir, self.json, progress).await;
+            return audit::run(&self.dir, self.objects.as_ref(), self.json, progress).await;
         }
         let report = self.examine().await?;
         drop(progress);

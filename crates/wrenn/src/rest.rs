@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api::{
-    Capsule, CapsuleId, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody, ErrorCode,
-    ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, ProcessList, SetEgress, Signal,
-    Template,
+    Capsule, CapsuleId, CapsuleMetrics, CreateCapsule, CreateSnapshot, Depth, DirectoryEntries, Egress, ErrorBody,
+    ErrorCode, ErrorDetail, Exec, ExecResult, ExecStarted, FilePath, ForkCapsule, Forked, MetricsRange, ProcessList,
+    SetEgress, Signal, Template,
 };
 use clap::Args;
 use percent_encoding::{NON_ALPHANUMERIC, PercentEncode};
 use reqwest::header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use reqwest::multipart::{Form, Part};
-use reqwest::{Body, Method, RequestBuilder, Response, StatusCode, Upgraded};
+use reqwest::{Body, Certificate, Method, RequestBuilder, Response, StatusCode, Upgraded};
 use serde::de::DeserializeOwned;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
@@ -53,10 +53,12 @@ pub struct Server {
 impl Server {
     /// A client of it.
     pub fn client(&self) -> Result<Client> {
-        let (url, api_key) = resolve(self.url.as_deref(), self.api_key.as_deref(), current::read())?;
-        let http =
-            reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).build().context("starting the HTTP client")?;
-        Ok(Client { http, url, api_key })
+        let current = current::read();
+        let (url, api_key) = resolve(self.url.as_deref(), self.api_key.as_deref(), current.clone())?;
+        let ca = current.filter(|current| current.url == url).and_then(|current| current.ca);
+        let ca = ca.map(|ca| Certificate::from_pem(ca.as_bytes())).transpose().context("reading whom to trust")?;
+        let http = reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).tls_certs_merge(ca);
+        Ok(Client { http: http.build().context("starting the HTTP client")?, url, api_key })
     }
 }
 
@@ -174,6 +176,12 @@ impl Client {
     /// What runs in the capsule.
     pub async fn processes(&self, id: CapsuleId) -> Result<ProcessList> {
         self.read(self.request(Method::GET, &format!("/v1/capsules/{id}/processes")).timeout(CALL_LIMIT)).await
+    }
+
+    /// What a capsule used, as far back as `range`.
+    pub async fn metrics(&self, id: CapsuleId, range: MetricsRange) -> Result<CapsuleMetrics> {
+        let request = self.request(Method::GET, &format!("/v1/capsules/{id}/metrics")).query(&[("range", range)]);
+        self.read(request.timeout(CALL_LIMIT)).await
     }
 
     /// Ends a process, named by its pid or tag.

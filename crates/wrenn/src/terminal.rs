@@ -2,6 +2,7 @@
 //! terminal.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -110,8 +111,8 @@ impl Progress {
         }
     }
 
-    /// Ends the progress with its result: `value` as JSON, or where the API is and how to use it.
-    pub fn ready(&self, value: &impl Serialize, url: &str, api_key: &str) -> io::Result<()> {
+    /// Ends the progress with its result: `value` as JSON, or where the API is, how to use it, and whom to trust.
+    pub fn ready(&self, value: &impl Serialize, url: &str, api_key: &str, ca: Option<&Path>) -> io::Result<()> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -123,8 +124,14 @@ impl Progress {
         print("")?;
         print(&format!("  export WRENN_BASE_URL={url}"))?;
         print(&format!("  export WRENN_API_KEY={api_key}"))?;
+        if let Some(ca) = ca {
+            // Python's and most others'; Requests'; Node's, which would keep its own beside it.
+            for variable in ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"] {
+                print(&format!("  export {variable}={}", ca.display()))?;
+            }
+        }
         print("")?;
-        print("  wrenn capsule create        # on this machine, without the two lines above")?;
+        print("  wrenn capsule create        # on this machine, without the lines above")?;
         print(&paint.paint(Style::Dim, "  ctrl-C ends it; the next `wrenn up` has its capsules again"))
     }
 }

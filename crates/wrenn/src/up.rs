@@ -1,9 +1,13 @@
 //! `wrenn up`: control plane and agent in one process, on one machine, with a file for a database and a folder for the rest.
 
+pub mod tls;
+
 use std::fs::{self, File, Permissions, TryLockError};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::agent::Agent;
@@ -11,10 +15,13 @@ use ::control::Control;
 use agent_api::Endpoint;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use proxy::Tls;
 use serde::Serialize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 
+use self::tls::{Authority, Names};
+use crate::current::Current;
 use crate::terminal::Progress;
 use crate::{images, vmm_choice};
 
@@ -30,6 +37,12 @@ pub struct Up {
     /// Address of the API; port 0 takes a free one.
     #[arg(long, env = "WRENN_LISTEN", default_value = "127.0.0.1:9725")]
     listen: String,
+    /// Speak HTTPS, with certificates of an authority of this directory's own (DIR/tls/ca.pem, for clients to trust).
+    #[arg(long, env = "WRENN_TLS")]
+    tls: bool,
+    /// Domain of capsules' hosts, which has to lead to this machine with all that is below it.
+    #[arg(long, env = "WRENN_DOMAIN", default_value = "localhost", value_parser = domain)]
+    domain: String,
     /// The VMM to use in place of the one that fits this machine.
     #[arg(long, env = "WRENN_VMM")]
     vmm: Option<PathBuf>,
@@ -38,14 +51,18 @@ pub struct Up {
     #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
     objects: Option<::objects::Config>,
     #[command(flatten)]
+    disks: crate::agent::Disks,
+    #[command(flatten)]
     egress: crate::agent::Egress,
     /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
     #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
     vmm_users: u32,
+    #[command(flatten)]
+    room: crate::agent::Room,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
-    /// Print one line of JSON when ready: {"url","api_key","domain","pid"}.
+    /// Print one line of JSON when ready: {"url","api_key","domain","ca","pid"}; `ca` is null without --tls.
     #[arg(long)]
     json: bool,
 }
@@ -60,6 +77,8 @@ struct Ready {
     url: String,
     api_key: String,
     domain: String,
+    /// What has to be trusted.
+    ca: Option<PathBuf>,
     pid: u32,
 }
 
@@ -75,8 +94,16 @@ impl Up {
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config =
-            crate::agent::config(dir.clone(), choice.binary, images, self.objects, self.egress, self.vmm_users)?;
+        let config = crate::agent::config(
+            dir.clone(),
+            choice.binary,
+            images,
+            self.objects,
+            self.disks,
+            self.egress,
+            self.vmm_users,
+            self.room,
+        )?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
@@ -88,7 +115,11 @@ impl Up {
             Some(url) => url,
             None => ::control::sqlite_url(&dir.join("wrenn.db")),
         };
-        let domain = format!("localhost:{}", address.port());
+        let authority = match self.tls {
+            true => Some(Arc::new(Authority::open(&dir, names(&self.domain, address))?)),
+            false => None,
+        };
+        let domain = format!("{}:{}", self.domain, address.port());
         let control = Control::open(::control::Config {
             database_url,
             agent: Endpoint::Unix(socket.clone()),
@@ -102,12 +133,28 @@ impl Up {
         let agent_server =
             tokio::spawn(proxy::serve(agent_listener, agent.router(), shutdown.clone().cancelled_owned()));
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
+        let watch = tokio::spawn(agent.clone().watch_capsules(shutdown.clone().cancelled_owned()));
         let stop = shutdown.clone().cancelled_owned();
-        let control_server = tokio::spawn(async move { control.run(listener, stop).await });
+        let secure = authority.clone().map(Authority::config).transpose()?;
+        let control_server = tokio::spawn(async move {
+            match secure {
+                Some(config) => control.run(Tls::new(listener, config), stop).await,
+                None => control.run(listener, stop).await,
+            }
+        });
 
-        let ready = Ready { url: format!("http://{address}"), api_key, domain, pid: std::process::id() };
-        crate::current::write(&dir, &ready.url, &ready.api_key)?;
-        progress.ready(&ready, &ready.url, &ready.api_key)?;
+        let scheme = if self.tls { "https" } else { "http" };
+        let url = format!("{scheme}://{}", reached_at(address));
+        let ca = authority.is_some().then(|| tls::certificate_path(&dir));
+        let ready = Ready { url, api_key, domain, ca, pid: std::process::id() };
+        let current = Current::new(&dir, &ready.url, &ready.api_key, authority.as_ref().map(|ca| ca.certificate()));
+        crate::current::write(&current)?;
+        progress.ready(
+            &ready,
+            &ready.url,
+            &ready.api_key,
+            authority.is_some().then(|| tls::bundle_path(&dir)).as_deref(),
+        )?;
 
         crate::terminal::interrupted().await?;
         progress.say("pausing all capsules (press ctrl-C again to leave at once)");
@@ -123,6 +170,7 @@ impl Up {
         control_server.await?.context("the control plane")?;
         agent_server.await.context("the agent's listener")?;
         forget.await?;
+        watch.await?;
         fs::remove_file(&socket)?;
         crate::current::remove(&dir)?;
         if let Some((id, reason)) = unpaused.first() {
@@ -130,6 +178,29 @@ impl Up {
         }
         agent.close().await.context("closing the agent")?;
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// A host name without a port.
+fn domain(text: &str) -> Result<String, &'static str> {
+    let is_label = |label: &str| {
+        (1..64).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    let is_name = text.len() < 200 && text.split('.').all(is_label) && text.parse::<std::net::IpAddr>().is_err();
+    if is_name { Ok(text.to_ascii_lowercase()) } else { Err("it is a host name, without a port") }
+}
+
+fn names(domain: &str, address: SocketAddr) -> Names {
+    let addresses = Some(address.ip()).filter(|address| !address.is_unspecified() && !address.is_loopback());
+    Names { domain: domain.to_owned(), addresses: addresses.into_iter().collect() }
+}
+
+/// An address that can be dialled on this machine.
+fn reached_at(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => (std::net::Ipv4Addr::LOCALHOST, v4.port()).into(),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => (std::net::Ipv6Addr::LOCALHOST, v6.port()).into(),
+        address => address,
     }
 }
 

@@ -72,6 +72,38 @@ fn doctor_tells_what_is_stored_and_fails_for_what_should_not_be() {
 }
 
 #[test]
+fn doctor_tells_what_the_object_store_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, store) = (dir.path().join("data"), dir.path().join("store"));
+    std::fs::create_dir_all(&data).unwrap();
+    std::fs::create_dir_all(&store).unwrap();
+    let config = objects::Config::parse(&format!("file://{}", store.display()), []).unwrap();
+    let told = || {
+        let url = format!("file://{}", store.display());
+        let output = run(&["doctor", "--storage", "--json", "--dir", data.to_str().unwrap(), "--objects", &url]);
+        (output.status.code(), serde_json::from_slice::<Value>(&output.stdout).unwrap()["objects"].clone())
+    };
+    let state = dir.path().join("state");
+    std::fs::write(&state, b"what the VMM knew").unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let file = std::fs::File::open(&state).unwrap();
+        let source = objects::Source { name: "state".into(), file, base: None, is_named_by_content: false };
+        let objects = objects::Objects::open(&config).unwrap();
+        objects.upload("capsules/a", Vec::new(), vec![source]).await.unwrap();
+    });
+    let (code, report) = told();
+    assert_eq!((code, &report["uploads"], &report["used"]["objects"]), (Some(0), &json!(1), &json!(1)));
+    assert_eq!((&report["garbage"]["objects"], &report["wrong"]), (&json!(0), &json!({})));
+
+    let manifest = std::fs::read(store.join("manifests/capsules/a")).unwrap();
+    let lost = objects::Manifest::decode(&manifest).unwrap().stored().next().unwrap().to_string();
+    std::fs::remove_file(store.join("chunks").join(&lost[..2]).join(&lost)).unwrap();
+    let (code, report) = told();
+    assert_eq!((code, &report["wrong"]), (Some(1), &json!({ lost: "lost; capsules/a needs it" })));
+}
+
+#[test]
 fn doctor_reports_on_this_machine() {
     let output = run(&["doctor", "--json"]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -1,52 +1,51 @@
 //! Benchmark `pty-under-load`: a key's echo on a terminal, while another port of the same capsule has more to say than its
 //! readers take.
 //!
-//! The way is the whole one: a WebSocket to the control plane, its connections to the agent, envd, and a shell on a terminal;
-//! the readers come in by the capsule's host name. Agent and envd are the fake agent's, so that no emulated processor is
-//! measured; everything is on this machine. In one run:
+//! Everything is real and a process of its own: `wrenn agent`, `wrenn control`, a capsule, readers, and this program, which only
+//! types. Where a guest is emulated, a flood that it makes itself costs its terminal the guest's own processor; so every way of
+//! flooding is measured twice, once with the readers at the capsule's address on this machine, past everything of ours
+//! (*direct*), and once through the capsule's host name (*edge*). What ours adds is the ratio of the two. In one run:
 //!
 //! - *idle*: the terminal alone;
-//! - *loaded*: with readers, each of which takes a little at a time and always has more waiting;
-//! - *flooded*: with readers that take all they can, which also costs processor time;
-//! - *shared*: as loaded, but all connections between control plane and agent go over one ([`shared`]). This is what we do
-//!   not do, and why. With a twentieth of the keys.
+//! - *guest*: a program in the guest floods, at a rate that the readers set;
+//! - *beside*: a process in the capsule's network namespace floods in the guest's place, which costs the guest nothing;
+//! - *beside, all they can*: the same with readers that know no measure, for which there are not processors enough;
+//! - *shared*: as *beside*, but all connections between control plane and agent go over one ([`shared`]). This is what we do not
+//!   do, and why. With a twentieth of the keys.
 //!
-//! Needs `make build`. Leaves nothing on the machine.
+//! Needs root and `make build`. Leaves nothing on the machine.
 
 mod load;
 mod shared;
+mod world;
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
-use control::{Config, Control};
-use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use testkit::FakeAgent;
-use tokio::net::{TcpListener, TcpStream};
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
-use load::Load;
+use load::{Load, Role, Source};
+use world::{BESIDE, IN_GUEST, World};
 
 /// How long readers run before a measurement, so that all buffers on the way are full.
 const WARM_UP: Duration = Duration::from_secs(2);
+/// Between two keys, as of somebody who types fast.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Measures a terminal beside a busy port.
 #[derive(Debug, Parser)]
 struct Args {
     /// Keys of each measurement.
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     keys: u32,
     /// Readers of the busy port.
     #[arg(long, default_value_t = 4)]
     readers: u32,
     /// What each of them takes when it does not take all it can, MiB a second.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
     /// Rounds that are counted.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
@@ -54,127 +53,130 @@ struct Args {
     /// Print JSON in place of a Markdown table.
     #[arg(long)]
     json: bool,
+    #[command(subcommand)]
+    role: Option<Role>,
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
-    let args = Args::parse();
-    let mut agent = FakeAgent::start().await;
-    let direct = agent.listen_tcp().await;
-    let address: SocketAddr = direct.to_string().trim_start_matches("http://").parse()?;
-    let apart = World::start(direct).await?;
-    let shared = World::start(format!("http://{}", shared::start(address).await?).parse()?).await?;
-    let port = load::serve().await?;
-    let mut figures: Vec<(&str, Vec<Duration>)> =
-        ["idle", "loaded", "flooded", "shared"].map(|name| (name, Vec::new())).into();
+/// Who floods, and how the readers come to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Edge,
+    Shared,
+}
+
+/// One row of the table.
+struct Row {
+    name: &'static str,
+    /// The port, the way to it, and whether the readers hold back.
+    flood: Option<(u16, Way, bool)>,
+    /// The row it is compared with, besides the first.
+    floor: Option<usize>,
+    times: Vec<Duration>,
+    carried: Vec<f64>,
+}
+
+impl Row {
+    fn new(name: &'static str, flood: Option<(u16, Way, bool)>, floor: Option<usize>) -> Self {
+        Self { name, flood, floor, times: Vec::new(), carried: Vec::new() }
+    }
+}
+
+fn main() -> Result<()> {
+    let mut args = Args::parse();
+    match args.role.take() {
+        Some(role) => role.play(),
+        None => tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(measure(&args)),
+    }
+}
+
+async fn measure(args: &Args) -> Result<()> {
+    let dir = tempfile::TempDir::with_prefix("wrenn-bench-")?;
+    let agent_dir = dir.path().join("agent");
+    let (agent, address) = world::agent(&agent_dir)?;
+    let apart = World::start(dir.path(), &agent_dir, address).await?;
+    let shared = World::start(dir.path(), &agent_dir, shared::start(address).await?).await?;
+    let mut sources = Vec::new();
+    for world in [&apart, &shared] {
+        world.open_ports().await?;
+        sources.push(Source::start(&world.slot()?.netns_path(), BESIDE)?);
+    }
+    let mut rows = [
+        Row::new("idle", None, None),
+        Row::new("guest, direct", Some((IN_GUEST, Way::Direct, true)), None),
+        Row::new("guest, edge", Some((IN_GUEST, Way::Edge, true)), Some(1)),
+        Row::new("beside, direct", Some((BESIDE, Way::Direct, true)), None),
+        Row::new("beside, edge", Some((BESIDE, Way::Edge, true)), Some(3)),
+        Row::new("beside, direct, all they can", Some((BESIDE, Way::Direct, false)), None),
+        Row::new("beside, edge, all they can", Some((BESIDE, Way::Edge, false)), Some(5)),
+        Row::new("beside, shared", Some((BESIDE, Way::Shared, true)), Some(3)),
+    ];
     for _ in 0..args.rounds {
-        for (name, times) in &mut figures {
-            let world = if *name == "shared" { &shared } else { &apart };
-            let rate = match *name {
-                "idle" => None,
-                "flooded" => Some(u32::MAX),
-                _ => Some(args.rate),
-            };
-            let readers = if rate.is_some() { args.readers } else { 0 };
-            let load = Load::start(world.address, &world.capsule, port, readers, rate.unwrap_or(0));
-            if readers > 0 {
+        for row in &mut rows {
+            let (_, way, _) = row.flood.unwrap_or((0, Way::Direct, false));
+            let world = if way == Way::Shared { &shared } else { &apart };
+            let load = row.flood.map(|(port, way, holds_back)| {
+                let rate = if holds_back { args.rate } else { 0 };
+                let host = format!("{port}-{}.localhost", world.capsule);
+                let address =
+                    if way == Way::Direct { SocketAddr::from((world.host_ip()?, port)) } else { world.address };
+                Load::start(address, &host, args.readers, rate)
+            });
+            let load = load.transpose()?;
+            if load.is_some() {
                 tokio::time::sleep(WARM_UP).await;
             }
             // Where a key takes a second, a few tell enough.
-            let keys = if *name == "shared" { (args.keys / 20).max(20) } else { args.keys };
-            let echoes = world.echoes(keys);
-            times.extend(
-                tokio::time::timeout(Duration::from_secs(300), echoes).await.context("keys do not come back")??,
-            );
-            load.stop().await;
+            let keys = if way == Way::Shared { (args.keys / 20).max(20) } else { args.keys };
+            let echoes = tokio::time::timeout(Duration::from_secs(300), world.echoes(keys, PAUSE));
+            row.times.extend(echoes.await.context("keys do not come back")??);
+            if let Some(load) = load {
+                row.carried.push(load.stop()?);
+            }
         }
     }
-    print(&args, figures)
+    drop(sources);
+    apart.end().await?;
+    shared.end().await?;
+    drop(agent);
+    // An agent leaves what capsules share to the next; there is none.
+    rest(&agent_dir)?;
+    print(args, rows)
 }
 
-/// A control plane over the agent, and a capsule.
-struct World {
-    address: SocketAddr,
-    key: String,
-    capsule: String,
-    _dir: tempfile::TempDir,
+/// Gives back what an agent leaves behind for the next one.
+fn rest(dir: &std::path::Path) -> Result<()> {
+    let wrenn = std::env::current_exe()?.with_file_name("wrenn");
+    let mut up = std::process::Command::new(wrenn)
+        .args(["up", "--json", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(dir)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(up.stdout.take().context("it is piped")?), &mut line)?;
+    if let Some(pid) = rustix::process::Pid::from_raw(up.id() as i32) {
+        rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
+    }
+    up.wait()?;
+    Ok(())
 }
 
-impl World {
-    async fn start(agent: agent_api::Endpoint) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let database_url = control::sqlite_url(&dir.path().join("control.db"));
-        let control = Control::open(Config { database_url, agent, version: "bench".into() }).await?;
-        let team = control.ensure_team(&"bench".parse()?).await?;
-        let key = control.issue_key(team, "bench").await?;
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?;
-        tokio::spawn(async move { control.run(listener, std::future::pending()).await });
-        let create = reqwest::Client::new().post(format!("http://{address}/v1/capsules")).header("x-api-key", &key);
-        let capsule: Value = create.json(&json!({})).send().await?.error_for_status()?.json().await?;
-        let capsule = capsule["id"].as_str().context("a capsule has an id")?.to_owned();
-        Ok(Self { address, key, capsule, _dir: dir })
-    }
-
-    async fn terminal(&self) -> Result<WebSocketStream<TcpStream>> {
-        let stream = TcpStream::connect(self.address).await?;
-        stream.set_nodelay(true)?;
-        let url = format!("ws://{}/v1/capsules/{}/pty", self.address, self.capsule);
-        let mut request = url.into_client_request()?;
-        request.headers_mut().insert("x-api-key", self.key.parse()?);
-        let (mut socket, _) = tokio_tungstenite::client_async(request, stream).await?;
-        let script = "stty raw -echo; echo ready; exec cat";
-        let start = json!({"type": "start", "cmd": "/bin/sh", "args": ["-c", script]});
-        socket.send(Message::text(start.to_string())).await?;
-        let mut seen = Vec::new();
-        while !seen.windows(5).any(|window| window == b"ready") {
-            seen.extend(shown(&mut socket).await?);
-        }
-        Ok(socket)
-    }
-
-    /// How long keys take to a terminal and back, one after the other.
-    async fn echoes(&self, keys: u32) -> Result<Vec<Duration>> {
-        let mut socket = self.terminal().await?;
-        let mut times = Vec::new();
-        // The first few, and what is left of the greeting, do not count.
-        for number in 0..keys + 5 {
-            let key = b'a' + (number % 26) as u8;
-            let before = Instant::now();
-            socket.send(Message::binary(vec![key])).await?;
-            while !shown(&mut socket).await?.contains(&key) {}
-            times.push(before.elapsed());
-        }
-        socket.send(Message::text(json!({"type": "kill"}).to_string())).await?;
-        while let Some(Ok(_)) = socket.next().await {}
-        Ok(times.split_off(5))
-    }
-}
-
-/// What the terminal shows next.
-async fn shown(socket: &mut WebSocketStream<TcpStream>) -> Result<Vec<u8>> {
-    loop {
-        match socket.next().await.context("the terminal ended")?? {
-            Message::Binary(bytes) => return Ok(bytes.into()),
-            Message::Close(_) => bail!("the terminal ended"),
-            _ => {}
-        }
-    }
-}
-
-fn print(args: &Args, mut figures: Vec<(&str, Vec<Duration>)>) -> Result<()> {
+fn print(args: &Args, mut rows: [Row; 8]) -> Result<()> {
     let micros = |times: &[Duration], share: f64| {
         let index = ((times.len() - 1) as f64 * share).round() as usize;
         times[index].as_secs_f64() * 1e6
     };
-    for (_, times) in &mut figures {
-        times.sort_unstable();
-    }
-    let idle = micros(&figures[0].1, 0.99);
+    rows.iter_mut().for_each(|row| row.times.sort_unstable());
+    let p99 = |row: &Row| micros(&row.times, 0.99);
+    let idle = p99(&rows[0]);
+    let floor = |row: &Row| row.floor.map(|floor| p99(row) / p99(&rows[floor]));
+    let carried = |row: &Row| row.carried.iter().sum::<f64>() / row.carried.len().max(1) as f64;
     let mut out = std::io::stdout().lock();
     if args.json {
-        let rows = figures.iter().map(|(name, times)| {
-            json!({"name": name, "p50_us": micros(times, 0.5), "p99_us": micros(times, 0.99), "ratio_p99": micros(times, 0.99) / idle})
+        let rows = rows.iter().map(|row| {
+            json!({"name": row.name, "mib_s": carried(row), "p50_us": micros(&row.times, 0.5), "p99_us": p99(row),
+                "over_idle_p99": p99(row) / idle, "over_direct_p99": floor(row)})
         });
         return Ok(writeln!(out, "{}", Value::from_iter(rows))?);
     }
@@ -187,10 +189,17 @@ fn print(args: &Args, mut figures: Vec<(&str, Vec<Duration>)>) -> Result<()> {
         args.keys,
         if cfg!(debug_assertions) { "debug" } else { "release" }
     )?;
-    writeln!(out, "| | p50 | p99 | p99 / idle |\n|---|---|---|---|")?;
-    for (name, times) in &figures {
-        let (p50, p99) = (micros(times, 0.5), micros(times, 0.99));
-        writeln!(out, "| {name} | {p50:.0} µs | {p99:.0} µs | {:.1} |", p99 / idle)?;
+    writeln!(out, "| | carried | p50 | p99 | p99 / idle | p99 / direct |\n|---|---|---|---|---|---|")?;
+    for row in &rows {
+        let (p50, p99) = (micros(&row.times, 0.5), p99(row));
+        let over = floor(row).map_or(String::new(), |ratio| format!("{ratio:.2}"));
+        writeln!(
+            out,
+            "| {} | {:.0} MiB/s | {p50:.0} µs | {p99:.0} µs | {:.2} | {over} |",
+            row.name,
+            carried(row),
+            p99 / idle
+        )?;
     }
     Ok(())
 }

@@ -110,7 +110,13 @@ fn main() -> Result<()> {
 }
 
 fn open(instance: &str, ready: usize) -> Result<Network> {
-    Ok(Network::open(&Config { instance: instance.to_owned(), ready, allow: Vec::new(), deny: Vec::new(), users: 900_000 })?)
+    Ok(Network::open(&Config {
+        instance: instance.to_owned(),
+        ready,
+        allow: Vec::new(),
+        deny: Vec::new(),
+        users: 900_000,
+    })?)
 }
 
 /// A machine with an uplink.

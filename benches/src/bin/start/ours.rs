@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use agent::{Agent, Config};
 use agent_api::{
@@ -23,7 +23,7 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context as LayerContext, Layer, SubscriberExt};
 
-use super::{MEMORY_MIB, Steps};
+use super::{COMMAND, MEMORY_MIB, Steps};
 
 /// Where the agent tells the steps of a start.
 const STEPS: &str = "agent::capsule::start";
@@ -79,26 +79,23 @@ impl Ours {
             disk_mib: 5120,
             ..Default::default()
         };
-        self.clock.take();
-        let begin = Instant::now();
+        let begin = self.clock.start();
         self.lifecycle.create_capsule(CreateCapsuleRequest { spec: spec.into(), ..Default::default() }).await?;
-        let answered = Instant::now();
-        let mut steps: Steps = self.clock.take().into_iter().map(|(step, at)| (step, at - begin)).collect();
-        steps.push(("create answered".into(), answered - begin));
-        Ok(Started { id, steps })
+        Ok(Started { id, steps: self.clock.stop(begin, "answered") })
     }
 
     /// From a request for a capsule to the answer of a command in it; and the same from the request to resume it.
-    pub async fn create_and_run(&self, image: &str) -> Result<(Duration, Duration)> {
+    pub async fn create_and_run(&self, image: &str) -> Result<(Steps, Steps)> {
         let begin = Instant::now();
-        let id = self.create(image).await?.id;
+        let Started { id, steps: mut created } = self.create(image).await?;
         self.run(id).await?;
-        let created = begin.elapsed();
+        created.push((COMMAND.into(), begin.elapsed()));
         self.lifecycle.pause_capsule(PauseCapsuleRequest { id: id.to_string(), ..Default::default() }).await?;
-        let begin = Instant::now();
+        let begin = self.clock.start();
         self.lifecycle.resume_capsule(ResumeCapsuleRequest { id: id.to_string(), ..Default::default() }).await?;
+        let mut resumed = self.clock.stop(begin, "answered");
         self.run(id).await?;
-        let resumed = begin.elapsed();
+        resumed.push((COMMAND.into(), begin.elapsed()));
         self.destroy(&id).await?;
         Ok((created, resumed))
     }
@@ -204,6 +201,8 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         egress_deny: Vec::new(),
         slots_ready: agent::SLOTS_READY,
         vmm_users: agent::VMM_USERS,
+        limits: agent::admission::Limits::default(),
+        disks: None,
     })
 }
 
@@ -212,6 +211,17 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
 struct Clock(Arc<Mutex<Vec<(String, Instant)>>>);
 
 impl Clock {
+    fn start(&self) -> Instant {
+        self.take();
+        Instant::now()
+    }
+
+    /// The steps since then, of which this is the last.
+    fn stop(&self, begin: Instant, last: &str) -> Steps {
+        let end = (last.to_owned(), Instant::now());
+        self.take().into_iter().chain([end]).map(|(step, at)| (step, at - begin)).collect()
+    }
+
     fn take(&self) -> Vec<(String, Instant)> {
         std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Steps;
+use super::{COMMAND, Steps};
 
 /// The step at which both sides are compared.
 const COMPARED: &str = "guest answered";
@@ -22,9 +22,9 @@ pub struct Figures {
     pub ours: Vec<Steps>,
     pub bare: Vec<Duration>,
     /// From requests to the answer of a command in the guest: a cold boot, a resume, a create from a snapshot.
-    pub boot: Vec<Duration>,
-    pub resume: Vec<Duration>,
-    pub from_snapshot: Vec<Duration>,
+    pub boot: Vec<Steps>,
+    pub resume: Vec<Steps>,
+    pub from_snapshot: Vec<Steps>,
 }
 
 /// Milliseconds.
@@ -44,7 +44,7 @@ impl Figures {
     /// Tables that can be pasted into `docs/benchmarks.md`.
     pub fn markdown(&self, vmm: &Path) -> String {
         let (ours, bare) = (self.ours_at(COMPARED), self.bare());
-        let (total, rounds) = (self.ours_at("create answered"), self.bare.len());
+        let (total, rounds) = (self.ours_at("answered"), self.bare.len());
         let mut text = format!("`start`, {rounds} rounds, {}, ms:\n\n", name(vmm));
         text.push_str("| | median | min | max |\n|---|---|---|---|\n");
         for (what, figures) in [
@@ -74,16 +74,19 @@ impl Figures {
         }
         let _ =
             writeln!(text, "\nTarget: a resume at most {TARGET_RESUME} of a cold boot: {}.\n", self.resume_verdict());
-        text.push_str("| step of ours | median of its own time |\n|---|---|\n");
-        for (step, ms) in self.steps() {
-            let _ = writeln!(text, "| {step} | {ms:.1} |");
+        for (what, rounds) in self.ways() {
+            let _ = write!(text, "| step of a {what} | median of its own time |\n|---|---|\n");
+            for (step, ms) in steps(rounds) {
+                let _ = writeln!(text, "| {step} | {ms:.1} |");
+            }
+            text.push('\n');
         }
         text
     }
 
     /// The same for programs; times in milliseconds.
     pub fn json(&self, vmm: &Path) -> Value {
-        let (ours, bare, total) = (self.ours_at(COMPARED), self.bare(), self.ours_at("create answered"));
+        let (ours, bare, total) = (self.ours_at(COMPARED), self.bare(), self.ours_at("answered"));
         let object = |figures: &Summary| json!({"median": figures.median, "min": figures.min, "max": figures.max});
         json!({
             "benchmark": "start",
@@ -96,18 +99,24 @@ impl Figures {
             "over_ms": ours.median - bare.median,
             "meets_target": self.meets_target(),
             "answers": self.answers().map(|(what, figures)| json!({"what": what, "ms": object(&figures), "of_boot": self.of_boot(&figures)})),
-            "steps_ms": self.steps().into_iter().map(|(step, ms)| json!({"step": step, "median": ms})).collect::<Value>(),
+            "steps_ms": self.ways().map(|(what, rounds)| json!({
+                "what": what,
+                "steps": steps(rounds).into_iter().map(|(step, ms)| json!({"step": step, "median": ms})).collect::<Value>(),
+            })),
         })
     }
 
     /// Each way to a capsule that runs.
-    fn answers(&self) -> [(&'static str, Summary); 3] {
+    fn ways(&self) -> [(&'static str, &[Steps]); 3] {
         [("cold boot", &self.boot), ("create from a snapshot", &self.from_snapshot), ("resume", &self.resume)]
-            .map(|(what, times)| (what, summary(times.iter().copied())))
+    }
+
+    fn answers(&self) -> [(&'static str, Summary); 3] {
+        self.ways().map(|(what, rounds)| (what, all_at(rounds, COMMAND)))
     }
 
     fn of_boot(&self, figures: &Summary) -> f64 {
-        figures.median / summary(self.boot.iter().copied()).median
+        figures.median / all_at(&self.boot, COMMAND).median
     }
 
     fn resume_verdict(&self) -> &'static str {
@@ -120,26 +129,30 @@ impl Figures {
     }
 
     fn ours_at(&self, step: &str) -> Summary {
-        summary(self.ours.iter().filter_map(|steps| at(steps, step)))
+        all_at(&self.ours, step)
     }
+}
 
-    /// Each step's own time: from the step before it. Network and disk are made at once, after the slot.
-    fn steps(&self) -> Vec<(String, f64)> {
-        let Some(first) = self.ours.first() else { return Vec::new() };
-        let own = |steps: &Steps, step: &str| {
-            let index = steps.iter().position(|(name, _)| name == step)?;
-            let before = match step {
-                "network made" | "disk made" => at(steps, "slot claimed"),
-                "VMM executed" => at(steps, "network made").max(at(steps, "disk made")),
-                _ => index.checked_sub(1).map(|before| steps[before].1),
-            };
-            Some(steps[index].1 - before.unwrap_or_default())
+/// Each step's own time: from the step before it. What is done at once counts from where it began.
+fn steps(rounds: &[Steps]) -> Vec<(String, f64)> {
+    let Some(first) = rounds.first() else { return Vec::new() };
+    let own = |steps: &Steps, step: &str| {
+        let index = steps.iter().position(|(name, _)| name == step)?;
+        let before = match step {
+            "network made" | "disk made" | "snapshot placed" => at(steps, "slot claimed"),
+            "VMM executed" => at(steps, "network made"),
+            "pager is ready" => at(steps, "snapshot placed"),
+            "VMM listens" => at(steps, "VMM executed").max(at(steps, "disk made")).max(at(steps, "pager is ready")),
+            _ => index.checked_sub(1).map(|before| steps[before].1),
         };
-        first
-            .iter()
-            .map(|(step, _)| (step.clone(), summary(self.ours.iter().filter_map(|steps| own(steps, step))).median))
-            .collect()
-    }
+        Some(steps[index].1 - before.unwrap_or_default())
+    };
+    let median = |step: &str| summary(rounds.iter().filter_map(|steps| own(steps, step))).median;
+    first.iter().map(|(step, _)| (step.clone(), median(step))).collect()
+}
+
+fn all_at(rounds: &[Steps], step: &str) -> Summary {
+    summary(rounds.iter().filter_map(|steps| at(steps, step)))
 }
 
 fn at(steps: &Steps, step: &str) -> Option<Duration> {

@@ -21,10 +21,11 @@ use super::record::{Base, Journal, Phase, Record};
 use super::release::{release, stop};
 use super::start::{self, Origin, Running, pager_lost};
 use super::{Command, Handle, Observed, Refused, Traffic, files, save};
+use crate::admission::Promise;
 use crate::boot::Boots;
 use crate::egress;
 use crate::guest::Guest;
-use crate::host::{Host, Sizes, collect};
+use crate::host::{Host, collect};
 use crate::point::Point;
 
 /// Commands that wait while the driver is busy; a sender past that waits too.
@@ -43,6 +44,8 @@ struct Driver {
     /// Ends the capsule, whatever is being done to it.
     destroyed: CancellationToken,
     traffic: Arc<Traffic>,
+    /// What it was promised of the host, for as long as anything of it may run.
+    promise: Option<Promise>,
     /// Rewrites the capsule's memory into fewer generations.
     merge: Option<(Arc<AtomicBool>, tokio::task::JoinHandle<()>)>,
     /// Puts what is paused into the object store.
@@ -68,15 +71,16 @@ pub enum From {
 }
 
 /// Starts the capsule that `journal` describes, in a task of its own.
-pub fn spawn_start(host: Arc<Host>, journal: Journal, from: From) -> Handle {
-    let (handle, driver) = pair(host, journal, CapsuleState::Starting);
+pub fn spawn_start(host: Arc<Host>, journal: Journal, from: From, promise: Promise) -> Handle {
+    let (handle, driver) = pair(host, journal, CapsuleState::Starting, Some(promise));
     tokio::spawn(driver.begin(from));
     handle
 }
 
 /// Takes over a capsule that runs already, in a task of its own.
 pub fn spawn_adopted(host: Arc<Host>, journal: Journal, running: Running) -> Handle {
-    let (handle, driver) = pair(host, journal, CapsuleState::Running);
+    let promise = host.admission.acknowledge(&journal.record().spec);
+    let (handle, driver) = pair(host, journal, CapsuleState::Running, Some(promise));
     driver.observed.send_modify(|observed| observed.guest = Some(running.guest.clone()));
     tokio::spawn(driver.live(Life::Running(running)));
     handle
@@ -84,19 +88,19 @@ pub fn spawn_adopted(host: Arc<Host>, journal: Journal, running: Running) -> Han
 
 /// Takes over a capsule that is paused, in a task of its own.
 pub fn spawn_paused(host: Arc<Host>, journal: Journal) -> Handle {
-    let (handle, driver) = pair(host, journal, CapsuleState::Paused);
+    let (handle, driver) = pair(host, journal, CapsuleState::Paused, None);
     tokio::spawn(driver.live(Life::Paused));
     handle
 }
 
-fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driver) {
+fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState, promise: Option<Promise>) -> (Handle, Driver) {
     let record = journal.record();
     let (command_sender, commands) = mpsc::channel(QUEUE);
     let (observed, observed_receiver) = watch::channel(Observed {
         state,
         generation: record.generation,
         reason: String::new(),
-        host_full: false,
+        host_full: None,
         egress: Arc::new(record.egress.clone()),
         host_ip: record.slot.map(|slot| slot.host_ip()),
         versions: record.versions.clone(),
@@ -118,6 +122,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState) -> (Handle, Driv
         commands,
         destroyed,
         traffic,
+        promise,
         merge: None,
         upload: None,
         complete_after: None,
@@ -146,7 +151,7 @@ impl Driver {
                 let reason = crate::chain(&error);
                 let console = last_lines(&self.journal.dir().join(files::VMM_LOG));
                 warn!(capsule = %self.journal.record().spec.id, %reason, console, "the start failed");
-                self.observed.send_modify(|observed| observed.host_full = matches!(error, start::Error::Claim(_)));
+                self.observed.send_modify(|observed| observed.host_full = error.is_full());
                 self.end(CapsuleState::Failed, reason).await;
             }
         }
@@ -156,7 +161,7 @@ impl Driver {
     async fn begin_as_image(&mut self) -> Result<Running, start::Error> {
         let spec = &self.journal.record().spec;
         let (id, name) = (spec.id, spec.image.clone());
-        let sizes = Sizes { vcpus: spec.vcpus, memory_mib: spec.memory_mib, disk_mib: spec.disk_mib };
+        let sizes = spec.sizes();
         let image = self.host.images.get(&name);
         if let Some(point) = image.and_then(|image| self.host.boots.get(image, sizes)) {
             let origin = Origin::Boot(&point);
@@ -336,6 +341,7 @@ impl Driver {
         match stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
             // Recorded or not: what is gone is given back again without harm.
             Ok(()) => {
+                self.promise = None;
                 let _ = self.stopped(|_| {});
             }
             Err(errors) => {
@@ -355,6 +361,16 @@ impl Driver {
     /// Brings a paused capsule back. When that fails it is paused as before.
     async fn resume(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Life {
         let id = self.journal.record().spec.id;
+        if self.promise.is_none() {
+            match self.host.admission.admit(&self.journal.record().spec) {
+                Ok(promise) => self.promise = Some(promise),
+                Err(full) => {
+                    warn!(capsule = %id, %full, "not resumed");
+                    let _ = done.send(Err(Refused::Full(full)));
+                    return Life::Paused;
+                }
+            }
+        }
         // It reads the disk, which the guest is about to write.
         self.stop_upload().await;
         self.publish(CapsuleState::Resuming, String::new());
@@ -395,6 +411,7 @@ impl Driver {
             }
             return;
         }
+        self.promise = None;
         if let Err(error) = super::recover::pause_again(&mut self.journal) {
             // The record still says that it is being resumed, which comes to the same at the next start of the agent.
             error!(capsule = %id, %error, "a resume that failed could not be undone on disk");
@@ -551,6 +568,8 @@ impl Driver {
         for error in &leftovers {
             error!(capsule = %id, error = crate::chain(error), "left behind");
         }
+        // Who waits for its end may begin another.
+        self.promise = None;
         let state = if leftovers.is_empty() { last } else { CapsuleState::Failed };
         self.publish(state, reason);
         info!(capsule = %id, "ended");

@@ -16,9 +16,10 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, FileType, Mode};
 use sha2::{Digest, Sha256};
 use snapshot::{Store, TEMPORARY};
 use tracing::warn;
@@ -84,6 +85,14 @@ pub fn give_disk(dir: &Path, user: u32) -> io::Result<()> {
     fs::set_permissions(&disk, Permissions::from_mode(0o600))?;
     chown(&disk, Some(user), Some(user))?;
     fs::hard_link(&disk, dir.join(VM).join(DISK))
+}
+
+/// Gives the VMM of the capsule in `dir` the block device over its disk, as a node that is `user`'s.
+pub fn give_device(dir: &Path, user: u32, device: &Path) -> io::Result<()> {
+    let node = dir.join(VM).join(DISK);
+    let number = fs::metadata(device)?.rdev();
+    rustix::fs::mknodat(CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number)?;
+    chown(&node, Some(user), Some(user))
 }
 
 /// Lets the VMM of the capsule in `dir` read the state of snapshot `number`.

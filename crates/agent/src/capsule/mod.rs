@@ -38,8 +38,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::egress;
 use crate::guest::Guest;
+use crate::host::Sizes;
+use crate::{admission, egress};
 use record::Record;
 pub use traffic::{Cut, Open, Traffic};
 
@@ -64,6 +65,13 @@ pub struct Spec {
     pub template_id: String,
 }
 
+impl Spec {
+    /// What of it a boot depends on.
+    pub fn sizes(&self) -> Sizes {
+        Sizes { vcpus: self.vcpus, memory_mib: self.memory_mib, disk_mib: self.disk_mib }
+    }
+}
+
 /// What is true of a capsule now. Published by its driver alone.
 #[derive(Debug, Clone)]
 pub struct Observed {
@@ -73,8 +81,8 @@ pub struct Observed {
     pub generation: u64,
     /// Why it stopped or failed, was paused by itself, or could not be resumed.
     pub reason: String,
-    /// True when it failed because the host had no room for it: another host may have.
-    pub host_full: bool,
+    /// What the host had not enough of, when it failed because of that: another host may have.
+    pub host_full: Option<admission::Full>,
     /// What it may reach outside.
     pub egress: Arc<Policy>,
     /// Where this host reaches the guest, once it has a network.
@@ -129,6 +137,9 @@ pub enum Refused {
     /// It could not be saved.
     #[error("saving the capsule")]
     Save(#[source] save::Failed),
+    /// The host cannot hold it now.
+    #[error(transparent)]
+    Full(admission::Full),
     /// It could not be resumed.
     #[error("resuming the capsule")]
     Resume(#[source] start::Error),

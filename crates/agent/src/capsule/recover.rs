@@ -39,6 +39,9 @@ pub enum Error {
     /// The network of an earlier run could not be cleaned.
     #[error("removing networks of an earlier run")]
     Network(#[source] network::Error),
+    /// The disks of an earlier run could not be taken back.
+    #[error("taking back disks of an earlier run")]
+    Disks(#[source] disk::Error),
     /// The processes of an earlier run could not be listed.
     #[error("looking for processes of an earlier run")]
     Processes(#[source] vmm::cgroup::Error),
@@ -106,6 +109,8 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
     collect(&host.memory);
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
     host.sweep_networks(&keep).map_err(Error::Network)?;
+    let disks: Vec<_> = running.iter().map(|(journal, _)| journal.dir().join(files::DISK)).collect();
+    host.disks.sweep(&disks).map_err(Error::Disks)?;
     for (journal, _) in &running {
         let Record { spec, slot, egress, .. } = journal.record();
         if let Some(slot) = slot

@@ -18,13 +18,16 @@ pub enum Error {
     /// The network stayed.
     #[error("removing the network")]
     Network(#[source] network::Error),
+    /// The root disk is still in use.
+    #[error("taking back the root disk")]
+    Disk(#[source] disk::Error),
     /// The directory stayed.
     #[error("removing the capsule's directory")]
     Directory(#[source] std::io::Error),
 }
 
-/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network, as `record` names it (or its id alone
-/// tells). Its files stay.
+/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network and its disk's device, as `record` names
+/// it (or its id alone tells). Its files stay.
 pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
@@ -43,6 +46,10 @@ pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record
         && let Err(error) = host.destroy_network(slot).await
     {
         errors.push(Error::Network(error));
+    }
+    // Last: the VMM has let it go.
+    if let Err(error) = host.detach_disk(&dir.join(files::DISK)).await {
+        errors.push(Error::Disk(error));
     }
     if errors.is_empty() { Ok(()) } else { Err(errors) }
 }

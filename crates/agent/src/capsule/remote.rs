@@ -58,8 +58,8 @@ pub enum Error {
     /// The image under its disk is not here.
     #[error("this host has no image `{0}`, which the capsule was made from")]
     NoImage(String),
-    /// The disk could not be made.
-    #[error("making the root disk")]
+    /// The disk could not be made or read.
+    #[error("using the root disk")]
     Disk(#[source] disk::Error),
     /// It is here already, in some state.
     #[error("the capsule is being adopted already")]
@@ -133,18 +133,26 @@ pub async fn sources(
 ) -> Result<Vec<Source>, Error> {
     let image = image.map(|name| host.image_file(name));
     let (generations, dir, state) = (host.memory.generations().to_owned(), dir.to_owned(), state.to_owned());
+    let disks = host.disks.clone();
     let open = move || {
         let snapshot = Snapshot::open(&generations, &header).map_err(Error::Memory)?;
-        open_sources(&dir, &state, image.as_deref(), &snapshot).map_err(Error::Read)
+        let disk = disks.flat(&dir.join(files::DISK)).map_err(Error::Disk)?;
+        open_sources(&dir, &state, disk, image.as_deref(), &snapshot).map_err(Error::Read)
     };
     blocking(open).await
 }
 
-fn open_sources(dir: &Path, state: &str, image: Option<&Path>, snapshot: &Snapshot) -> io::Result<Vec<Source>> {
+fn open_sources(
+    dir: &Path,
+    state: &str,
+    disk: File,
+    image: Option<&Path>,
+    snapshot: &Snapshot,
+) -> io::Result<Vec<Source>> {
     let plain = |name: &str, file| Source { name: name.into(), file, base: None, is_named_by_content: false };
     let mut header = File::from(rustix::fs::memfd_create("header", rustix::fs::MemfdFlags::CLOEXEC)?);
     header.write_all(&snapshot.header().encode())?;
-    let mut disk = plain(files::DISK, File::open(dir.join(files::DISK))?);
+    let mut disk = plain(files::DISK, disk);
     disk.base = match image.map(File::open) {
         // Then all of the disk is sent.
         Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => None,

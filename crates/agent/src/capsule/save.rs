@@ -48,6 +48,9 @@ pub enum Error {
     /// The disk could not be shared.
     #[error("cloning the root disk")]
     Disk(#[source] disk::Error),
+    /// The disk could not be made durable.
+    #[error("writing out the root disk")]
+    Sync(#[source] disk::Error),
     /// What was saved could not be made durable or put in its place.
     #[error("keeping what was saved")]
     Keep(#[source] io::Error),
@@ -73,9 +76,9 @@ pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -
         client.pause().await.map_err(Error::Vmm)?;
         save.dump(&client, journal).await?;
         let disk = journal.dir().join(files::DISK);
-        let (synced, packed) = tokio::join!(blocking(move || files::sync(&disk)), save.pack(host, journal, running));
+        let (synced, packed) = tokio::join!(host.sync_disk(&disk), save.pack(host, journal, running));
         // Before there is a header: who finds that, and no VMM, takes the pause for whole.
-        synced.map_err(Error::Keep)?;
+        synced.map_err(Error::Sync)?;
         save.keep(host, journal, running, packed?).await
     };
     let committed = match saved.await {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_api::RestoreKind;
+use disk::Attached;
+use guest_api::{Metadata, RestoreKind};
 use network::slot::{GUEST_MAC, Slot, TAP};
-use serde::Serialize;
 use snapshot::Snapshot;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -16,6 +16,7 @@ use vmm::process::{Companion, Exit, Launch, Process};
 
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::{Spec, files};
+use crate::admission::{Full, Resource};
 use crate::guest::{self, Guest, Restoring};
 use crate::host::{Host, blocking};
 use crate::point::Point;
@@ -35,15 +36,6 @@ const PAGER_STARVED: Exit = Exit::Code(13);
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
     i8042.noaux i8042.nomux i8042.dumbkbd \
     ip=169.254.0.21::169.254.0.22:255.255.255.252:capsule:eth0:off init=/usr/local/bin/envd";
-
-/// What a guest reads from its metadata service; E2B's names.
-#[derive(Serialize)]
-struct Metadata {
-    #[serde(rename = "instanceID")]
-    instance_id: String,
-    #[serde(rename = "envID")]
-    env_id: String,
-}
 
 /// The step of a start that failed.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +108,13 @@ impl Error {
         matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(PAGER_DAMAGED))
     }
 
+    /// What the host had not enough of, if that is why.
+    pub fn is_full(&self) -> Option<Full> {
+        let slots = u64::from(Slot::MAX.get());
+        let full = Full { resource: Resource::Slots, asked: 1, used: slots, limit: slots };
+        matches!(self, Self::Claim(network::Error::Exhausted)).then_some(full)
+    }
+
     /// Whether the cause may be what the capsule begins from, so that beginning otherwise may succeed.
     pub fn is_of_origin(&self) -> bool {
         match self {
@@ -152,6 +151,8 @@ pub enum Origin<'a> {
     Pause,
     /// What its image is after a boot, in place of that.
     Boot(&'a Point),
+    /// The same, to learn what those who begin there need first.
+    Rehearsal(&'a Point),
     /// What another was, with an identity of its own.
     Point(&'a Point),
 }
@@ -160,18 +161,24 @@ impl<'a> Origin<'a> {
     fn point(self) -> Option<&'a Point> {
         match self {
             Self::Image | Self::Pause => None,
-            Self::Boot(point) | Self::Point(point) => Some(point),
+            Self::Boot(point) | Self::Rehearsal(point) | Self::Point(point) => Some(point),
         }
     }
 
-    /// Where it is kept what those who begin here need first: `dir` is the capsule's. A fork's point is begun from once. A boot
-    /// snapshot is begun from by strangers, and none may decide what the next one's start fetches.
+    /// Where it is kept what those who begin here need first: `dir` is the capsule's. A fork's point is begun from once.
     fn working_set(self, dir: &Path) -> Option<PathBuf> {
         match self {
-            Self::Image | Self::Boot(_) => None,
+            Self::Image => None,
             Self::Pause => Some(dir.join(files::WORKING_SET)),
+            Self::Boot(point) | Self::Rehearsal(point) => Some(point.dir.join(files::WORKING_SET)),
             Self::Point(point) => (!point.is_doomed()).then(|| point.dir.join(files::WORKING_SET)),
         }
+    }
+
+    /// Whether this start says what the next one from the same place fetches. A boot snapshot is begun from by strangers, and none
+    /// decides for the next.
+    fn is_noted(self) -> bool {
+        !matches!(self, Self::Boot(_))
     }
 }
 
@@ -251,7 +258,9 @@ pub async fn start(
         }
         match origin {
             Origin::Image => record.image = host.images.get(&record.spec.image).and_then(|image| file_name(image)),
-            Origin::Boot(point) | Origin::Point(point) => record.image = point.meta.image.clone(),
+            Origin::Boot(point) | Origin::Rehearsal(point) | Origin::Point(point) => {
+                record.image = point.meta.image.clone();
+            }
             Origin::Pause => {}
         }
     });
@@ -294,7 +303,9 @@ pub async fn start(
     };
     match origin {
         Origin::Pause => journal.commit(running).map_err(Error::Record)?,
-        Origin::Image | Origin::Boot(_) | Origin::Point(_) => journal.update(running).map_err(Error::Record)?,
+        Origin::Image | Origin::Boot(_) | Origin::Rehearsal(_) | Origin::Point(_) => {
+            journal.update(running).map_err(Error::Record)?;
+        }
     }
     let number = saved.map(|saved| saved.number);
     files::tidy(&host.memory, &dir, number);
@@ -343,7 +354,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             let image = host.images.get(&spec.image).ok_or_else(|| Error::NoImage(spec.image.clone()))?;
             let size = u64::from(spec.disk_mib) << 20;
             host.clone_image(image, &rootfs, size).await.map_err(Error::Disk)?;
-            files::give_disk(dir, user).map_err(Error::Place)?;
+            give_disk(host, dir, user).await?;
             debug!(capsule = %spec.id, "disk made");
             return Ok(Placed { saved: None, pager: None });
         }
@@ -353,37 +364,65 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             let disk = dir.join(files::disk(saved.number));
             host.clone_disk(&rootfs, &disk).await.map_err(Error::Disk)?;
             let parent = dir.to_owned();
-            blocking(move || files::sync(&disk).and_then(|()| files::sync(&parent))).await.map_err(Error::Place)?;
+            // One that was booted has no working set of its own yet; its image's boot snapshot is nearly the same guest.
+            let boot = host.images.get(&spec.image).and_then(|image| host.boots.get(image, spec.sizes()));
+            let durable = move || {
+                if let Some(boot) = boot.filter(|_| !parent.join(files::WORKING_SET).exists()) {
+                    take_working_set(&boot.dir, &parent)?;
+                }
+                files::sync(&disk).and_then(|()| files::sync(&parent))
+            };
+            blocking(durable).await.map_err(Error::Place)?;
             saved.clone()
         }
-        Origin::Boot(point) | Origin::Point(point) => {
+        Origin::Boot(point) | Origin::Rehearsal(point) | Origin::Point(point) => {
             let disk = point.dir.join(files::DISK);
             host.clone_disk(&disk, &rootfs).await.map_err(Error::Disk)?;
             let saved = Saved { number: 1, state: point.meta.state.clone() };
             let (memory, from, to, number) = (host.memory.clone(), point.dir.clone(), dir.to_owned(), saved.number);
             let link = move || {
                 std::fs::copy(from.join(files::STATE), to.join(files::state(number))).map_err(Error::Place)?;
+                take_working_set(&from, &to).map_err(Error::Place)?;
                 memory.link(&from.join(files::MEMORY), &to.join(files::memory(number))).map_err(Error::Link)
             };
             blocking(link).await?;
             saved
         }
     };
-    files::give_disk(dir, user).and_then(|()| files::give_state(dir, saved.number)).map_err(Error::Place)?;
+    give_disk(host, dir, user).await?;
+    files::give_state(dir, saved.number).map_err(Error::Place)?;
     debug!(capsule = %spec.id, "snapshot placed");
-    let working_set = origin.working_set(dir);
+    let working_set = origin.working_set(dir).map(|path| (path, origin.is_noted()));
     if record.is_remote {
         check_state(dir, &saved).await?;
-        let pager = pager(host, spec, dir, user, Served::Remote, working_set.as_deref()).await?;
+        let pager = pager(host, spec, dir, user, Served::Remote, working_set).await?;
         return Ok(Placed { saved: Some(saved), pager: Some(pager) });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager(host, spec, dir, user, Served::Own(saved.number), working_set.as_deref()).await?;
+    let pager = pager(host, spec, dir, user, Served::Own(saved.number), working_set).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
+}
+
+/// Makes the disk ready, and gives it to the VMM.
+async fn give_disk(host: &Host, dir: &Path, user: u32) -> Result<(), Error> {
+    let attached = host.attach_disk(&dir.join(files::DISK)).await.map_err(Error::Disk)?;
+    match attached {
+        Attached::File => files::give_disk(dir, user),
+        Attached::Device(device) => files::give_device(dir, user, &device),
+    }
+    .map_err(Error::Place)
+}
+
+/// Until its own resumes say otherwise, a capsule needs first what all need that begin at the point in `from`.
+fn take_working_set(from: &Path, to: &Path) -> io::Result<()> {
+    match std::fs::copy(from.join(files::WORKING_SET), to.join(files::WORKING_SET)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a damaged snapshot before anything is begun from it. Pages are checked as they are read.
@@ -409,14 +448,15 @@ enum Served {
     Remote,
 }
 
-/// Starts a pager and waits until it can serve. What is needed first is learned from `working_set`, and written to it.
+/// Starts a pager and waits until it can serve. What is needed first is learned from `working_set`, and written to it if it is
+/// to be.
 async fn pager(
     host: &Host,
     spec: &Spec,
     dir: &Path,
     user: u32,
     served: Served,
-    working_set: Option<&Path>,
+    working_set: Option<(PathBuf, bool)>,
 ) -> Result<Process, Error> {
     match std::fs::remove_file(dir.join(files::PAGER_LOG)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
@@ -441,8 +481,11 @@ async fn pager(
         "--generations".as_ref(),
         generations.as_os_str(),
     ]);
-    if let Some(working_set) = working_set {
-        args.extend(["--prefetch".as_ref(), working_set.as_os_str(), "--record".as_ref(), working_set.as_os_str()]);
+    if let Some((path, is_noted)) = &working_set {
+        args.extend(["--prefetch".as_ref(), path.as_os_str()]);
+        if *is_noted {
+            args.extend(["--record".as_ref(), path.as_os_str()]);
+        }
     }
     let mut environment = Vec::new();
     if let Served::Remote = served {
@@ -522,7 +565,7 @@ async fn restore(
     let hostname = matches!(origin, Origin::Point(_)).then_some(name.as_str());
     let (token, versions) =
         origin.point().map_or((guest.token(), versions), |point| (point.meta.token.as_str(), &point.meta.versions));
-    let restoring = Restoring { kind, hostname, token };
+    let restoring = Restoring { kind, hostname, token, metadata: metadata(spec) };
     guest.restore(&spec.default_env, &restoring).await.map_err(Error::Guest)?;
     debug!(capsule = %spec.id, dir = %dir.display(), "guest restored");
     Ok(versions.get("envd_version").cloned().unwrap_or_default())
@@ -533,5 +576,5 @@ fn file_name(path: &Path) -> Option<String> {
 }
 
 fn metadata(spec: &Spec) -> Metadata {
-    Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone() }
+    Metadata { instance_id: spec.id.to_string(), env_id: spec.template_id.clone(), access_token_hash: None }
 }

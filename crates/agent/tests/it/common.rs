@@ -160,6 +160,8 @@ pub fn config(dir: &Path) -> Config {
         // What is ready would be counted with what capsules hold.
         slots_ready: 0,
         vmm_users: agent::VMM_USERS,
+        limits: agent::admission::Limits::default(),
+        disks: std::env::var("WRENN_DISKS").ok().map(|how| how.parse().unwrap()),
     }
 }
 

@@ -2,9 +2,11 @@
 
 mod audit;
 mod common;
+mod disks;
 mod endurance;
 mod killed;
 mod pause;
 mod points;
 mod remote;
+mod room;
 mod start;

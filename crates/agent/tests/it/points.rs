@@ -154,11 +154,12 @@ async fn a_template_is_begun_from_with_its_sizes_and_outlives_its_capsule_and_th
     host.close().await;
 }
 
-/// Waits until there are so many boot snapshots.
+/// Waits until there are so many boot snapshots that were begun from once.
 async fn until_boots(host: &Host, count: usize) -> Vec<std::path::PathBuf> {
     loop {
         let entries = std::fs::read_dir(host.root().join("boots")).unwrap().flatten();
-        let whole: Vec<_> = entries.map(|entry| entry.path()).filter(|dir| dir.join("point.json").exists()).collect();
+        let is_whole = |dir: &std::path::PathBuf| dir.join("point.json").exists() && dir.join("working-set").exists();
+        let whole: Vec<_> = entries.map(|entry| entry.path()).filter(is_whole).collect();
         if whole.len() == count && host.processes() == 0 && host.holds() == 0 {
             return whole;
         }
@@ -178,6 +179,9 @@ async fn capsules_begin_from_a_boot_that_was_done_before_and_from_one_when_that_
 
     let ids = [CapsuleId::random(), CapsuleId::random()];
     let mut own = BTreeSet::new();
+    let needed = std::fs::read(boot.join("working-set")).unwrap();
+    // A header and a checksum are 28 bytes.
+    assert!(needed.starts_with(b"WRENNWSS") && needed.len() > 28, "{} bytes", needed.len());
     for id in ids {
         let env = [("WHO".to_owned(), id.to_string())].into_iter().collect();
         let capsule = host.create(CapsuleSpec { default_env: env, ..spec(id) }).await.unwrap();
@@ -186,7 +190,15 @@ async fn capsules_begin_from_a_boot_that_was_done_before_and_from_one_when_that_
         own.insert(host.sh(id, "cat /proc/sys/kernel/random/uuid").await);
         // Something serves its memory: it was not booted.
         assert!(host.record(id)["pager"].is_object());
-        assert_eq!(host.sh(id, "echo $WHO; hostname").await, format!("{id}\ncapsule"));
+        assert_eq!(
+            host.sh(id, "echo $WHO; hostname; cat /run/wrenn/.WRENN_SANDBOX_ID").await,
+            format!("{id}\ncapsule\n{id}")
+        );
+        assert_eq!(
+            std::fs::read(host.capsule(id).join("working-set")).unwrap(),
+            needed,
+            "what its first resume fetches"
+        );
     }
     assert_eq!(own.len(), 4, "they are not the same");
 

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! What goes on to a guest has lost everything that is the platform's ([`credentials`]), and says who asked for what
-//! ([`forwarded`]). What comes of the platform instead of a guest is a [`page`].
+//! ([`forwarded`]). What comes of the platform instead of a guest is a [`page`]. Both connections of a request that goes to a guest
+//! are carried by threads of their own ([`proxy::aside`]), so that no terminal waits for them.
 
 mod address;
 mod credentials;
@@ -16,13 +17,13 @@ mod strict;
 
 use agent_api::REFUSAL_HEADER;
 use agent_api::port::PortRefusal;
-use api::ErrorCode;
+use api::{CapsuleId, ErrorCode};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use hyper::body::Body as _;
-use proxy::{Answer, boxed};
+use proxy::{Answer, Lane, boxed};
 
 use self::address::Address;
 use self::page::{Page, Problem};
@@ -46,7 +47,10 @@ pub async fn front(State(front): State<Front>, request: Request) -> Response {
         return Error::new(ErrorCode::InvalidRequest, problem).into_response();
     }
     match Address::of(&request) {
-        None => api(front.api, request).await,
+        None => {
+            proxy::back(request.extensions()).await;
+            api(front.api, request).await
+        }
         Some(address) => {
             let wants_page = page::is_wanted(request.headers());
             let answer = match address {
@@ -80,6 +84,7 @@ async fn carry(app: &App, address: Address, request: Request) -> Result<Response
     let token = request.headers().get(TRAFFIC_TOKEN).and_then(|token| token.to_str().ok()).map(str::to_owned);
     let checks_itself = port == guest_api::PORT;
 
+    let lane = request.extensions().get::<Lane>().cloned();
     let mut request = leftover::read_on(request).await;
     // Both of them while the header is still as the client sent it.
     forwarded::say(&mut request);
@@ -91,7 +96,8 @@ async fn carry(app: &App, address: Address, request: Request) -> Result<Response
     let mut again = body.is_end_stream().then(|| parts.clone());
     let mut request = Request::from_parts(parts, body);
     loop {
-        reach(&app.ctx, capsule, token.as_deref(), checks_itself).await?;
+        may_reach(app, lane.as_ref(), capsule, token.clone(), checks_itself).await?;
+        proxy::aside(request.extensions()).await;
         let answer = app.ctx.host.ports().exchange(request.map(boxed)).await.map_err(|error| {
             app.ctx.reachable.forget(capsule);
             tracing::warn!(%capsule, error = &error as &dyn std::error::Error, "the host does not carry a request");
@@ -129,6 +135,23 @@ async fn carry(app: &App, address: Address, request: Request) -> Result<Response
         proxy::path::remove(response.headers_mut(), &prefix);
         credentials::keep_cookies_home(response.headers_mut());
         return Ok(response.map(Body::new));
+    }
+}
+
+/// As [`reach`], where all that it may begin belongs.
+async fn may_reach(
+    app: &App,
+    lane: Option<&Lane>,
+    capsule: CapsuleId,
+    token: Option<String>,
+    checks_itself: bool,
+) -> Result<(), reach::Error> {
+    let ctx = app.ctx.clone();
+    match lane {
+        Some(lane) if !ctx.reachable.knows(capsule) => {
+            lane.at_home(async move { reach(&ctx, capsule, token.as_deref(), checks_itself).await }).await
+        }
+        _ => reach(&ctx, capsule, token.as_deref(), checks_itself).await,
     }
 }
 

@@ -33,6 +33,7 @@ pub async fn connect(State(app): State<App>, request: Request) -> Result<Respons
     let client =
         client.ok_or_else(|| Error::new(ErrorCode::InvalidRequest, "the request must ask to be upgraded to tcp"))?;
     let Guest(guest) = Guest::from_request_parts(&mut parts, &app).await?;
+    proxy::aside(&parts.extensions).await;
     let request = Request::get(tcp_path(guest.id, port)).header(CONNECTION, "upgrade").header(UPGRADE, TCP);
     let request = request.extension(client).body(boxed(Body::empty())).expect("the parts are an id and a number");
     let unreachable = || Error::new(ErrorCode::HostUnavailable, "the host does not answer");

@@ -57,7 +57,8 @@ impl Reachable {
         known.forgotten += 1;
     }
 
-    fn knows(&self, id: CapsuleId) -> bool {
+    /// Whether nothing needs to be looked up.
+    pub fn knows(&self, id: CapsuleId) -> bool {
         self.lock().until.get(&id).is_some_and(|until| Instant::now() < *until)
     }
 

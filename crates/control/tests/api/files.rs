@@ -392,9 +392,17 @@ async fn what_a_capsule_uses(world: World) {
     let point = &metrics.points[0];
     assert!(point.timestamp_unix > 1_700_000_000 && point.mem_bytes > 0 && point.disk_bytes > 0);
     assert!((0.0..=100.0).contains(&point.cpu_pct));
+    assert!(point.net_sent_bytes > 0 && point.net_received_bytes > 0);
     assert_eq!(world.get(&format!("{path}?range=24h")).await.1["range"], "24h");
     let message = refused(world.get(&format!("{path}?range=1w")).await, 400, ErrorCode::InvalidRequest);
     assert!(message.starts_with("range must be one of"), "{message}");
+    // Who asks does not wake it, nor keep it awake.
+    let active = world.get(&format!("/v1/capsules/{id}")).await.1["last_active_at"].clone();
+    assert_eq!(world.ask(id, "pause").await.1["status"], "paused");
+    let (status, metrics) = world.get(&path).await;
+    assert_eq!((status, &metrics["points"]), (StatusCode::OK, &json!([])));
+    assert_eq!(world.status(id).await, "paused");
+    assert_eq!(world.get(&format!("/v1/capsules/{id}")).await.1["last_active_at"], active);
     world.delete(&format!("/v1/capsules/{id}")).await;
     refused(world.get(&path).await, 404, ErrorCode::NotFound);
 }

@@ -51,8 +51,13 @@ async fn labels_may_be_their_own(world: World) {
 async fn all_or_none(world: World) {
     let parent = world.capsule().await;
     world.agent.make_room(3);
+    let message = refused(fork(&world, parent, json!({ "count": 5 })).await, 503, ErrorCode::HostUnavailable);
+    assert!(message.starts_with("the host is full: not enough memory left"), "{message}");
+    assert_eq!(world.agent.alive(), [parent.to_string()]);
+    world.agent.make_room(6);
+    world.agent.fail_children(3);
     let message = refused(fork(&world, parent, json!({ "count": 5 })).await, 502, ErrorCode::AgentError);
-    assert_eq!(message, "3 of 5 forks did not start, so that none was kept: the host is full");
+    assert_eq!(message, "3 of 5 forks did not start, so that none was kept: this host was told to fail");
     assert_eq!(world.agent.alive(), [parent.to_string()]);
     assert_eq!(world.get("/v1/capsules").await.1.as_array().unwrap().len(), 1);
     assert_eq!(world.status(parent).await, "running");

@@ -15,6 +15,7 @@ mod pause;
 mod pty;
 mod reconcile;
 mod refusals;
+mod slow;
 mod snapshots;
 mod socket;
 mod streams;

@@ -108,6 +108,7 @@ mod tests {
             entropy: base64::engine::general_purpose::STANDARD.encode([7; 32]),
             hostname: Some("a-1.b".to_owned()),
             machine_id: Some("0123456789abcdef0123456789ABCDEF".to_owned()),
+            metadata: None,
         };
         assert!(Plan::new(restore.clone()).is_ok());
         let short = base64::engine::general_purpose::STANDARD.encode([7; 31]);

@@ -2,6 +2,7 @@
 //!
 //! Everything that carries a path or a name is given as JSON, where commas have no meaning.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -53,12 +54,13 @@ pub fn drive_device(index: usize) -> String {
     format!("drive-{index}")
 }
 
-/// The block node for a drive.
+/// The block node for a drive. QEMU tells files from devices only where it is not told which it is.
 pub fn drive_node(drive: &Drive, path: &Path, name: &str) -> Value {
     let aio = match drive.io_engine {
         IoEngine::Sync => "threads",
         IoEngine::Async => "io_uring",
     };
+    let is_device = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
     json!({
         "driver": "raw",
         "node-name": name,
@@ -66,7 +68,7 @@ pub fn drive_node(drive: &Drive, path: &Path, name: &str) -> Value {
         "discard": "unmap",
         "cache": { "direct": false, "no-flush": drive.cache_type == CacheType::Unsafe },
         "file": {
-            "driver": "file",
+            "driver": if is_device { "host_device" } else { "file" },
             "filename": path,
             "aio": aio,
             "locking": "off",

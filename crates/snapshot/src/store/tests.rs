@@ -103,11 +103,20 @@ fn check(snapshot: &Snapshot, memory: &[u8]) {
     assert!(read == memory, "the memory is another");
 }
 
+/// Bytes of a generation that has what changed and is not zero.
+fn stored(before: &[u8], now: &[u8]) -> u64 {
+    let pages = before.chunks(PAGE).zip(now.chunks(PAGE));
+    let pages = pages.filter(|(before, now)| before != now && now.iter().any(|byte| *byte != 0)).count() as u64;
+    if pages == 0 { 0 } else { PAGE_SIZE + pages * (PAGE_SIZE + 4) }
+}
+
 static GO_ON: AtomicBool = AtomicBool::new(false);
 
 #[derive(Debug, Clone)]
 enum Step {
     Write(usize, bool),
+    /// Reported as written, and what it was.
+    Touch(usize),
     Pause,
     Merge,
     Reopen,
@@ -118,6 +127,7 @@ proptest! {
     #[test]
     fn a_memory_survives_any_pauses_and_merges(steps in vec(prop_oneof![
         12 => (0..300_usize, prop::bool::weighted(0.3)).prop_map(|(page, is_zero)| Step::Write(page, is_zero)),
+        6 => (0..300_usize).prop_map(Step::Touch),
         4 => Just(Step::Pause),
         1 => Just(Step::Merge),
         1 => Just(Step::Reopen),
@@ -125,12 +135,17 @@ proptest! {
         let mut machine = machine();
         let mut guest = machine.guest("header", 300);
         guest.pause(&machine.store);
+        let mut paused = guest.memory.clone();
         for step in steps {
             match step {
                 Step::Write(page, is_zero) => guest.write(page, is_zero),
+                Step::Touch(page) => guest.written[page] = true,
                 Step::Pause => {
-                    guest.pause(&machine.store);
+                    let packed = guest.pack(&machine.store);
+                    prop_assert_eq!(packed.bytes_written(), stored(&paused, &guest.memory));
+                    machine.store.commit(&packed, &guest.header).unwrap();
                     guest.check(&machine.store);
+                    paused.clone_from(&guest.memory);
                 }
                 Step::Merge => {
                     let is_due = merge::is_due(guest.open(&machine.store).header());
@@ -169,6 +184,30 @@ fn a_pause_writes_what_was_dirtied_and_is_not_zero() {
     let bytes = packed.bytes_written();
     drop(packed);
     assert_eq!(machine.store.collect().unwrap(), Collected { files: 1, bytes });
+}
+
+#[test]
+fn a_page_that_is_damaged_before_is_written_again() {
+    let machine = machine();
+    let mut guest = machine.guest("header", 64);
+    (0..64).for_each(|page| guest.write(page, false));
+    guest.pause(&machine.store);
+    let (path, ..) = machine.store.files().unwrap().remove(0);
+    let file = File::options().write(true).open(&path).unwrap();
+    // The page itself, and its checksum.
+    file.write_all_at(&[!guest.memory[7 * PAGE + 9]], 8 * PAGE_SIZE + 9).unwrap();
+    file.write_all_at(&[0xab; 4], 65 * PAGE_SIZE + 9 * 4).unwrap();
+    guest.written.fill(true);
+    let packed = guest.pack(&machine.store);
+    assert_eq!(packed.bytes_written(), PAGE_SIZE + 2 * (PAGE_SIZE + 4));
+    machine.store.commit(&packed, &guest.header).unwrap();
+    guest.check(&machine.store);
+    // Nothing of a file that is gone is known.
+    let (path, ..) = machine.store.files().unwrap().into_iter().max_by_key(|(.., len)| *len).unwrap();
+    fs::remove_file(path).unwrap();
+    guest.written.fill(true);
+    guest.pause(&machine.store);
+    guest.check(&machine.store);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::guest::Guest;
 use super::service::now_ms;
-use super::{Entry, IMAGE, Inner};
+use super::{Entry, IMAGE, Inner, MEMORY_MIB};
 
 /// The specification as it will be carried out: with the sizes of the template, if it is one.
 pub fn check(inner: &Inner, mut spec: CapsuleSpec) -> Result<CapsuleSpec, ConnectError> {
@@ -38,7 +38,7 @@ pub fn check(inner: &Inner, mut spec: CapsuleSpec) -> Result<CapsuleSpec, Connec
 /// Makes the capsule run if it is not there yet.
 pub async fn create(inner: &Arc<Inner>, spec: CapsuleSpec) -> Result<Capsule, ConnectError> {
     let id = spec.id.clone();
-    if !inner.capsules().contains_key(&id) && inner.is_full() {
+    if !inner.capsules().contains_key(&id) && (inner.is_full() || spec.memory_mib > MEMORY_MIB) {
         return Err(full());
     }
     inner.capsules().entry(id.clone()).or_insert_with(|| Entry::starting(spec));
@@ -150,11 +150,17 @@ pub async fn fork(inner: &Arc<Inner>, id: &str, children: Vec<String>) -> Result
         return Err(ConnectError::invalid_argument("children are 1 to 100 different ids"));
     }
     let parent = running(inner, id).await?;
-    let make = |id: String| {
+    let new = children.iter().filter(|child| !inner.capsules().contains_key(*child)).count();
+    if inner.room_left() < new {
+        return Err(full());
+    }
+    let failing = std::mem::take(&mut *inner.failing_children.lock().expect("no panics under this lock"));
+    let first_to_fail = children.len().saturating_sub(failing);
+    let make = |(number, id): (usize, String)| {
         let spec = CapsuleSpec { id: id.clone(), ..parent.spec.clone().into_option().unwrap_or_default() };
         if !inner.capsules().contains_key(&id) {
-            if inner.is_full() {
-                return Child { id, reason: "the host is full".into(), ..Default::default() };
+            if number >= first_to_fail {
+                return Child { id, reason: "this host was told to fail".into(), ..Default::default() };
             }
             inner.capsules().insert(id.clone(), Entry::starting(spec));
             inner.begin(&id);
@@ -162,7 +168,7 @@ pub async fn fork(inner: &Arc<Inner>, id: &str, children: Vec<String>) -> Result
         let capsule = inner.capsules().get(&id).map(|entry| entry.capsule.clone());
         Child { id, capsule: capsule.into(), ..Default::default() }
     };
-    Ok(children.into_iter().map(make).collect())
+    Ok(children.into_iter().enumerate().map(make).collect())
 }
 
 /// Keeps the capsule's sizes under a name.
@@ -225,7 +231,24 @@ fn absent(id: &str) -> ConnectError {
 }
 
 fn full() -> ConnectError {
-    ConnectError::resource_exhausted("the host is full")
+    let (resource, asked, used, limit) = ("memory".into(), 512, 1024, 1024);
+    let full = HostFull { resource, asked, used, limit, ..Default::default() };
+    agent_api::full::error(&full, "not enough memory left: 512 asked, 1024 of 1024 in use (MiB)".into())
+}
+
+/// What the host saw of a capsule: always the same, once since it runs.
+pub fn metrics(capsule: &Capsule) -> Vec<MetricsPoint> {
+    let point = MetricsPoint {
+        unix_ms: now_ms(),
+        cpu_percent: 12.5,
+        memory_bytes: 64 << 20,
+        disk_bytes: 1 << 20,
+        sent_bytes: 1000,
+        received_bytes: 2000,
+        cpu_usec: 500_000,
+        ..Default::default()
+    };
+    if capsule.state == CapsuleState::CAPSULE_STATE_RUNNING { vec![point] } else { Vec::new() }
 }
 
 impl Entry {
@@ -268,9 +291,14 @@ impl Inner {
     }
 
     fn is_full(&self) -> bool {
+        self.room_left() == 0
+    }
+
+    /// How many more capsules may run.
+    fn room_left(&self) -> usize {
         let waits = |capsule: &Capsule| ended(capsule) || capsule.state == CapsuleState::CAPSULE_STATE_PAUSED;
         let running = self.capsules().values().filter(|entry| !waits(&entry.capsule)).count();
-        running >= *self.room.lock().expect("no panics under this lock")
+        self.room.lock().expect("no panics under this lock").saturating_sub(running)
     }
 
     fn state(&self, id: &str) -> Option<CapsuleState> {

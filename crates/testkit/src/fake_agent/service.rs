@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use agent_api::*;
 use connectrpc::{ConnectError, Encodable, RequestContext, Response, ServiceRequest, ServiceResult};
 
-use super::{IMAGE, Inner, life};
+use super::{IMAGE, Inner, MEMORY_MIB, life};
 
 pub(super) struct Service(pub(super) Arc<Inner>);
 
@@ -162,6 +162,21 @@ impl HostAgent for Service {
         }
     }
 
+    async fn get_metrics<'a>(
+        &'a self,
+        _: RequestContext,
+        request: ServiceRequest<'_, GetMetricsRequest>,
+    ) -> ServiceResult<impl Encodable<GetMetricsResponse> + Send + use<'a>> {
+        let id = request.to_owned_message().id;
+        let points = match self.0.capsules().get(&id) {
+            Some(entry) if life::ended(&entry.capsule) => None,
+            Some(entry) => Some(life::metrics(&entry.capsule)),
+            None => None,
+        };
+        let points = points.ok_or_else(|| ConnectError::not_found(format!("no capsule {id} is here")))?;
+        Response::ok(GetMetricsResponse { points, ..Default::default() })
+    }
+
     async fn get_host<'a>(
         &'a self,
         _: RequestContext,
@@ -173,9 +188,12 @@ impl HostAgent for Service {
             agent_version: "fake".into(),
             vmm: "fake".into(),
             cpus: 64,
-            memory_mib: 65_536,
+            memory_mib: MEMORY_MIB,
             running: running as u32,
             images: vec![IMAGE.into()],
+            memory_promised_mib: Used { used: 0, limit: MEMORY_MIB.into(), ..Default::default() }.into(),
+            vcpus_promised: Used { used: 0, limit: 1024, ..Default::default() }.into(),
+            disk_used_mib: Used { used: 0, limit: 65_536, ..Default::default() }.into(),
             ..Default::default()
         })
     }

@@ -8,13 +8,19 @@ use std::process::ExitCode;
 use ::agent::audit::{Audit, Verdict, audit};
 use anyhow::{Context, Result, bail};
 
+use super::objects::Stored;
 use crate::terminal::{self, Paint, Progress, Style};
 
 /// What lies in the directory besides what the agent has there.
 const BESIDE: [&str; 8] =
     ["api-key", "api-key.new", "lock", "wrenn.db", "wrenn.db-journal", "wrenn.db-shm", "wrenn.db-wal", "lost+found"];
 
-pub(super) async fn run(dir: &Path, json: bool, progress: Progress) -> Result<ExitCode> {
+pub(super) async fn run(
+    dir: &Path,
+    objects: Option<&objects::Config>,
+    json: bool,
+    progress: Progress,
+) -> Result<ExitCode> {
     if !rustix::process::geteuid().is_root() {
         bail!("this needs root: only root may read what capsules left");
     }
@@ -22,15 +28,23 @@ pub(super) async fn run(dir: &Path, json: bool, progress: Progress) -> Result<Ex
     // As long as we hold it nobody mounts what we mount, or begins to change what we look at.
     let _lock = lock(&dir)?;
     let audit = audit(&dir, &BESIDE).await.with_context(|| format!("looking at {}", dir.display()))?;
+    let stored = match objects {
+        Some(objects) => Some(Stored::look(objects).await.context("looking at the object store")?),
+        None => None,
+    };
     drop(progress);
+    let is_clean = audit.is_clean() && stored.as_ref().is_none_or(|stored| stored.wrong.is_empty());
     if json {
         terminal::print_json(&serde_json::json!({
-            "dir": dir, "clean": audit.is_clean(), "used": audit.used, "findings": audit.findings,
+            "dir": dir, "clean": is_clean, "used": audit.used, "findings": audit.findings, "objects": stored,
         }))?;
     } else {
         print(&dir, &audit)?;
+        if let Some(stored) = &stored {
+            print_objects(stored)?;
+        }
     }
-    Ok(if audit.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The lock of `dir`; nothing where there is none, or where it is in use and may be looked at all the same.
@@ -74,6 +88,26 @@ fn print(dir: &Path, audit: &Audit) -> Result<()> {
         0 => format!("All that is stored in {} is in use or will be removed.", dir.display()),
         _ => format!("{wrong} of what is stored in {} should not be as it is.", dir.display()),
     };
+    terminal::print(&paint.paint(Style::Bold, &verdict))?;
+    Ok(())
+}
+
+fn print_objects(stored: &Stored) -> Result<()> {
+    let paint = Paint::stdout();
+    terminal::print("")?;
+    for (word, count) in [("used", stored.used), ("garbage", stored.garbage)] {
+        terminal::print(&format!("{word:<12}{:<10}  {:>6}  {:>11}", "chunk", count.objects, size(count.bytes)))?;
+    }
+    for (name, why) in &stored.wrong {
+        terminal::print(&format!("{}{name}", paint.paint(Style::Red, "broken      ")))?;
+        terminal::print(&format!("            {}", paint.paint(Style::Dim, &format!("→ {why}"))))?;
+    }
+    let uploads = stored.uploads;
+    let verdict = match stored.wrong.len() {
+        0 => format!("All that is in the object store belongs to {uploads} uploads or will be removed."),
+        wrong => format!("{wrong} of what is in the object store should not be as it is."),
+    };
+    terminal::print("")?;
     terminal::print(&paint.paint(Style::Bold, &verdict))?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use axum::extract::Request;
 use axum::http::HeaderMap;
 use axum::http::header::{HOST, HeaderName, HeaderValue};
-use proxy::Peer;
+use proxy::{Peer, Secure};
 
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -17,11 +17,12 @@ const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 /// TLS, is believed what it says of its client; nobody else is.
 pub fn say(request: &mut Request) {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    let is_secure = request.extensions().get::<Secure>().is_some();
     let headers = request.headers_mut();
     let believed = peer.is_none_or(|peer| peer.is_loopback());
     let told = |name: &HeaderName| headers.get(name).filter(|_| believed).and_then(|value| value.to_str().ok());
     let came_for = told(&FOR).filter(|chain| is_chain(chain)).map(str::to_owned).or(peer.map(|peer| peer.to_string()));
-    let proto = if told(&PROTO) == Some("https") { "https" } else { "http" };
+    let proto = if is_secure || told(&PROTO) == Some("https") { "https" } else { "http" };
     let host = headers.get(HOST).cloned();
     forget(headers);
     if let Some(chain) = came_for
@@ -64,12 +65,19 @@ mod tests {
     use super::*;
 
     fn said(peer: &str, headers: &[(&str, &str)]) -> Vec<(String, String)> {
+        of(peer, headers, false)
+    }
+
+    fn of(peer: &str, headers: &[(&str, &str)], is_secure: bool) -> Vec<(String, String)> {
         let mut request = Request::builder().header("host", "80-cl-1.dev:8443");
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let mut request = request.body(Body::empty()).unwrap();
         request.extensions_mut().insert(Peer(peer.parse().unwrap()));
+        if is_secure {
+            request.extensions_mut().insert(Secure);
+        }
         say(&mut request);
         let mut said: Vec<_> = request
             .headers()
@@ -110,5 +118,6 @@ mod tests {
         assert_eq!(said("9.9.9.9", &LIES), common("9.9.9.9", "http"));
         assert_eq!(said("127.0.0.1", &LIES), common("1.1.1.1", "https"));
         assert_eq!(said("::1", &[("x-forwarded-for", "<script>")]), common("::1", "http"));
+        assert_eq!(of("9.9.9.9", &LIES[..1], true), common("9.9.9.9", "https"));
     }
 }
