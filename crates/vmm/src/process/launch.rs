@@ -32,7 +32,8 @@ pub struct Launch<'a> {
     pub kernel: &'a Path,
     /// The file that holds its network namespace.
     pub netns: &'a Path,
-    /// The group it is born in, which gets the limits that follow from its size; must exist.
+    /// The group it is born in, which gets the limits that follow from its size; must exist. Nobody may have been killed by it
+    /// before: the kernel (6.18) then ends whoever is born in it, too.
     pub cgroup: &'a Cgroup,
     /// Gets what it prints, appended; begun anew whenever it has grown past 4 MiB.
     pub log: &'a Path,

@@ -101,6 +101,8 @@ async fn what_is_sent_before_the_boot_is_understood() {
     assert_eq!((info.id.as_str(), info.state), ("cl-test", VmState::NotStarted));
     assert_eq!(info.vmm_version.parse::<vmm::client::Version>().unwrap(), client.version());
     assert_eq!(process.kill().await.unwrap(), Exit::Signal(9));
+    host.cgroup.remove().await.unwrap();
+    host.cgroup.create().unwrap();
 
     // A load that names files which are not there is refused for that and for no word of it, and ends the VMM.
     let (process, client) = started(&host, &vmm()).await;

@@ -276,10 +276,11 @@ fn be_greedy() {
     fs::remove_file("/run/wrenn/vm/scratch/full").unwrap();
     println!("tried disk: {}", fill("/run/wrenn/vm/rootfs.ext4"));
     let mut processes = 1;
-    // SAFETY: the children wait for a signal and do nothing else, until the whole group is killed.
     while processes < 10_000 {
+        // SAFETY: the child makes one system call again and again and nothing else, until the whole group is killed.
         match unsafe { libc::fork() } {
             0 => loop {
+                // SAFETY: waits for a signal.
                 unsafe { libc::pause() };
             },
             -1 => break,
