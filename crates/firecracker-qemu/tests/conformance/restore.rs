@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::json;
 
@@ -171,6 +172,26 @@ fn a_drive_can_be_given_another_file() {
     let used = |file: &[u8], page: usize| file[page * 4096..][..4096].iter().any(|byte| *byte != 0);
     assert!(used(&one, 0) && !used(&one, 2), "the first file is left alone");
     assert!(used(&two, 2), "the second file is written");
+}
+
+#[test]
+fn a_drive_may_be_a_block_device() {
+    let host = Host::new();
+    let mut vm = host.vm();
+    vm.configure();
+    let file = host.disk("device", 1 << 20);
+    // Gone once nobody has it open.
+    let attached = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+    let device = PathBuf::from(String::from_utf8(attached.stdout).unwrap().trim());
+    let open = fs::File::open(&device).unwrap();
+    assert!(Command::new("losetup").arg("--detach").arg(&device).status().unwrap().success());
+    vm.drive("data", &device, json!({ "cache_type": "Writeback" }));
+    vm.boot();
+    vm.guest().run("disk-write /dev/vda 4096 5 4096");
+    open.sync_all().unwrap();
+    let written = fs::read(file).unwrap();
+    let used = |page: usize| written[page * 4096..][..4096].iter().any(|byte| *byte != 0);
+    assert!(!used(0) && used(1) && !used(2));
 }
 
 #[test]
