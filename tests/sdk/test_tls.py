@@ -80,11 +80,12 @@ def test_a_port():
     context = ssl.create_default_context()
     with httpx.Client(verify=context) as client:
         assert "x-forwarded-proto: https" in client.get(f"{url}/head").text
+        # Where the program leads a visitor, its page is.
+        assert client.get(f"{url}/dir", follow_redirects=True).status_code == 200
+        # Last: a thread of httpx_ws reads on while its socket is closed, and could take the bytes of one that is opened next.
         with httpx_ws.connect_ws(f"{url}/ws", client) as ws:
             ws.send_text("through wss")
             assert ws.receive_text() == "through wss"
-        # Where the program leads a visitor, its page is.
-        assert client.get(f"{url}/dir", follow_redirects=True).status_code == 200
 
 
 def test_nobody_else_is_trusted(monkeypatch):

@@ -87,13 +87,13 @@ mod tests {
     #[test]
     fn a_clone_takes_what_was_written_to_it() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let disks = Disks::open(dir.path()).unwrap();
+        let disks = Disks::open(dir.path(), "extents", None).unwrap();
         let [image, clone] = ["image", "clone"].map(|name| disks.root().join(name));
         // More extents than are asked for at once.
         (0..300).for_each(|part| written(&image, part * 128 * 1024, 64 * 1024));
         let whole = own_bytes(&image).unwrap();
         assert!((300 * 64 * 1024..40 * MIB).contains(&whole), "{whole}");
-        disks.backend().clone(&image, &clone, Some(200 * MIB)).unwrap();
+        disks.create(&image, &clone, Some(200 * MIB)).unwrap();
         if disks.backend() == Backend::Reflink {
             assert_eq!((own_bytes(&image).unwrap(), own_bytes(&clone).unwrap()), (0, 0));
         }
