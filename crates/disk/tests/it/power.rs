@@ -269,7 +269,10 @@ pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
     let nothing = Guest { disk: Vec::new(), memory: Vec::new() };
     let (mut guest, mut promise) = (nothing, Promise { paused: Vec::new(), lost: true });
     let (mut kept, mut acknowledged) = (0, 0);
-    for cut in 0..cuts() {
+    let mut cut = 0;
+    // Until there was something to lose, which chance has in its hands, too.
+    while cut < cuts() || kept == 0 {
+        assert!(cut < 20 * cuts(), "too little happens to say anything");
         let (mut capsule, mut paused) = Capsule::open(&power, backend).expect("what was there can be opened");
         match paused {
             None => assert!(promise.lost, "cut {cut}: an acknowledged pause is lost"),
@@ -298,7 +301,7 @@ pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
         }
         drop(capsule);
         power.restore(&mut random);
+        cut += 1;
     }
-    eprintln!("{acknowledged} pauses were acknowledged; {kept} of {} times one was there after the power cut", cuts());
-    assert!(acknowledged > cuts() / 4 && kept > 0, "too little happened to say anything");
+    eprintln!("{acknowledged} pauses were acknowledged; {kept} of {cut} times one was there after the power cut");
 }
