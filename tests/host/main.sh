@@ -35,7 +35,7 @@ set_up() {
 
 suite() {
   export WRENN_CACHE=/scratch/cache TMPDIR=/scratch/tmp FIRECRACKER_BIN=/usr/local/bin/firecracker RUST_BACKTRACE=0
-  export WRENN_KILLS=1
+  export WRENN_KILLS=1 WRENN_CUTS=4
   cd "$(head -n 1 /host/places)" &&
   cargo-nextest nextest run --profile host --color never --no-fail-fast --hide-progress-bar \
     --cargo-metadata /host/cargo-metadata.json --binaries-metadata /host/binaries-metadata.json \

@@ -28,8 +28,14 @@ fn cuts() -> usize {
     std::env::var("WRENN_CUTS").map_or(12, |cuts| cuts.parse().expect("WRENN_CUTS is a number"))
 }
 
-/// Requests of one round are a few hundred.
-const WITHIN: u64 = 600;
+/// Within how many requests to the disk below the power goes. Rounds take about a hundred of them, and several times that with
+/// device-mapper, which writes its exceptions beside what they are of and syncs both.
+fn within(backend: Backend) -> u64 {
+    match backend {
+        Backend::Reflink | Backend::Copy => 600,
+        Backend::DeviceMapper => 4000,
+    }
+}
 
 type Anything = Box<dyn std::error::Error>;
 
@@ -263,7 +269,10 @@ pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
     let nothing = Guest { disk: Vec::new(), memory: Vec::new() };
     let (mut guest, mut promise) = (nothing, Promise { paused: Vec::new(), lost: true });
     let (mut kept, mut acknowledged) = (0, 0);
-    for cut in 0..cuts() {
+    let mut cut = 0;
+    // Until there was something to lose, which chance has in its hands, too.
+    while cut < cuts() || kept == 0 {
+        assert!(cut < 20 * cuts(), "too little happens to say anything");
         let (mut capsule, mut paused) = Capsule::open(&power, backend).expect("what was there can be opened");
         match paused {
             None => assert!(promise.lost, "cut {cut}: an acknowledged pause is lost"),
@@ -276,7 +285,7 @@ pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
             }
         }
         promise = Promise { lost: paused.is_none(), paused: paused.iter().map(|_| guest.clone()).collect() };
-        power.cut_after(random.below(WITHIN));
+        power.cut_after(random.below(within(backend)));
         let error = loop {
             match capsule.round(paused, &mut guest, &mut promise, &mut random) {
                 Ok(number) => (paused, acknowledged) = (Some(number), acknowledged + 1),
@@ -292,7 +301,7 @@ pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
         }
         drop(capsule);
         power.restore(&mut random);
+        cut += 1;
     }
-    eprintln!("{acknowledged} pauses were acknowledged; {kept} of {} times one was there after the power cut", cuts());
-    assert!(acknowledged > cuts() / 4 && kept > 0, "too little happened to say anything");
+    eprintln!("{acknowledged} pauses were acknowledged; {kept} of {cut} times one was there after the power cut");
 }
