@@ -34,10 +34,10 @@ pub struct Doctor {
     #[arg(long)]
     storage: bool,
     /// With --storage: look at this object store too.
-    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
+    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::host::objects)]
     objects: Option<::objects::Config>,
     /// Where the users of VMMs begin, as `wrenn up` and `wrenn agent` are told.
-    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
+    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::host::vmm_users())]
     vmm_users: u32,
     /// Print the report as JSON.
     #[arg(long)]

@@ -9,6 +9,7 @@ pub mod completions;
 pub mod control;
 pub mod current;
 pub mod doctor;
+pub mod host;
 pub mod images;
 pub mod pager;
 pub mod rest;

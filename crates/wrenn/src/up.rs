@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::tls::{Authority, Names};
 use crate::current::Current;
+use crate::host::HostArgs;
 use crate::terminal::Progress;
 use crate::{images, vmm_choice};
 
@@ -43,22 +44,8 @@ pub struct Up {
     /// Domain of capsules' hosts, which has to lead to this machine with all that is below it.
     #[arg(long, env = "WRENN_DOMAIN", default_value = "localhost", value_parser = domain)]
     domain: String,
-    /// The VMM to use in place of the one that fits this machine.
-    #[arg(long, env = "WRENN_VMM")]
-    vmm: Option<PathBuf>,
-    /// Where what is paused goes too, so that any host can resume it: s3://bucket/prefix (with the usual AWS_* variables)
-    /// or file:///path. Without it nothing is uploaded.
-    #[arg(long, env = "WRENN_OBJECTS", value_name = "URL", value_parser = crate::agent::objects)]
-    objects: Option<::objects::Config>,
     #[command(flatten)]
-    disks: crate::agent::Disks,
-    #[command(flatten)]
-    egress: crate::agent::Egress,
-    /// The user that the VMM in slot N (1 to 32767) runs as has this number plus N. No account may be in that range.
-    #[arg(long, env = "WRENN_VMM_USERS", default_value_t = ::agent::VMM_USERS, value_parser = crate::agent::vmm_users())]
-    vmm_users: u32,
-    #[command(flatten)]
-    room: crate::agent::Room,
+    host: HostArgs,
     /// Database to use in place of a file in the directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -89,21 +76,12 @@ impl Up {
         let dir = prepare_dir(&self.dir)?;
         let _lock = lock(&dir).await?;
 
-        let choice = vmm_choice::choose(self.vmm.as_deref()).await?;
+        let choice = vmm_choice::choose(self.host.vmm.as_deref()).await?;
         progress.say(&choice.sentence);
         let images = images::prepare(&images::cache()?, &progress).await?;
 
         progress.say("opening networks and disks");
-        let config = crate::agent::config(
-            dir.clone(),
-            choice.binary,
-            images,
-            self.objects,
-            self.disks,
-            self.egress,
-            self.vmm_users,
-            self.room,
-        )?;
+        let config = self.host.config(dir.clone(), choice.binary, images)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;

@@ -108,9 +108,7 @@ impl World {
     /// slot's namespace: for agent and control that is a port of the capsule like any other, but no emulated processor serves it.
     pub async fn open_ports(&self) -> Result<()> {
         let path = format!("/v1/capsules/{}/exec", self.capsule);
-        let start = format!(
-            "setsid python3 -c \"$FLOOD\" >/tmp/flood 2>&1 </dev/null & while ! grep -q listening /tmp/flood; do sleep 0.1; done"
-        );
+        let start = "setsid python3 -c \"$FLOOD\" >/tmp/flood 2>&1 </dev/null & while ! grep -q listening /tmp/flood; do sleep 0.1; done";
         let exec = json!({"cmd": "/bin/sh", "args": ["-c", start], "envs": {"FLOOD": FLOOD}});
         let done = self.post(&path, exec).await?;
         if done["exit_code"] != 0 {

@@ -147,7 +147,7 @@ async fn a_vmm_that_never_listens() {
 
 #[tokio::test]
 async fn a_vmm_that_refuses_the_kernel() {
-    fails(Host::open(|config| config.kernel = "/no/such/kernel".into()).await, "/boot-source").await;
+    fails(Host::open(|config| config.kernel = "/etc/passwd".into()).await, "/actions").await;
 }
 
 #[tokio::test]
