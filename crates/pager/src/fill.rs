@@ -331,9 +331,14 @@ impl Guest {
     /// Leaves the memory to the kernel, for which absent pages are zeros. Nobody waits for us after this; `false` if the
     /// kernel does not take all of it and we still have to be there.
     pub fn release(&self) -> Result<bool, Error> {
-        // The rule does not depend on how far this comes: what is not given back is served as before.
-        if self.regions.iter().any(|region| self.uffd.unregister(region.base, region.size).is_err()) {
-            return Ok(false);
+        for region in self.regions.iter() {
+            // The rule does not depend on how far this comes: what is not given back is served as before.
+            if self.uffd.unregister(region.base, region.size).is_err() {
+                return Ok(false);
+            }
+            // The kernel wakes who waits, and only then keeps out who is about to wait (seen on 6.18, with the locks of single
+            // mappings): whoever came in between would sleep for ever. Fails only where there is nobody left to wake.
+            let _ = self.uffd.wake(region.base, region.size);
         }
         // A removal that began before still waits for its event to be read. As long as there is one, filling is refused
         // as busy; afterwards it is because nothing is registered.

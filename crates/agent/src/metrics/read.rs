@@ -6,6 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use network::Traffic;
 
+use crate::capsule::files::VM;
+
 /// What was seen. What counts up does so since the capsule's processes were started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reading {
@@ -48,11 +50,11 @@ fn memory(cgroup: &Path) -> u64 {
     own + groups.map(|group| memory(&group.path())).sum::<u64>()
 }
 
-/// What the files of a directory and of those inside it take for themselves.
+/// What the files of a directory and of those inside it take for themselves. What the VMM is given is links to them.
 fn disk(dir: &Path) -> u64 {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let sizes = entries.map(|entry| match entry.file_type() {
-        Ok(kind) if kind.is_dir() => disk(&entry.path()),
+        Ok(kind) if kind.is_dir() && entry.file_name() != VM => disk(&entry.path()),
         Ok(kind) if kind.is_file() => disk::own_bytes(&entry.path()).unwrap_or_default(),
         // Sockets, and what is gone.
         _ => 0,
