@@ -58,12 +58,13 @@ impl World {
         self.outside.hears(EVIL, GOOD)
     }
 
-    /// Takes the walls away, inside and on the host, and lets the namespace disguise and forward whatever comes.
+    /// Takes the walls away, inside and on the host, and lets the namespace disguise and forward whatever comes, also to the
+    /// metadata's address.
     fn without_walls(&self) {
         let a = self.a.netns();
         sh(&format!(
             "nft delete table inet wrenn_0123abcd; ip netns exec {a} nft delete table netdev guard
-             ip netns exec {a} nft delete table ip guard
+             ip netns exec {a} nft delete table ip guard; ip -n {a} addr del 169.254.169.254/32 dev tap0
              for conf in all default tap0 eth0; do
                  ip netns exec {a} sysctl -qw net.ipv4.conf.$conf.rp_filter=0 net.ipv4.conf.$conf.accept_source_route=1 \
                      net.ipv4.conf.$conf.accept_local=1 net.ipv4.conf.$conf.route_localnet=1
@@ -414,11 +415,20 @@ fn what_the_operator_says_moves_the_floor_and_no_further() {
             }
             told
         };
-        for to in ["10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"] {
+        for to in ["10.0.0.1", "192.168.1.1", "169.254.1.1", "100.64.0.1"] {
             assert!(says(to), "{to} is allowed");
         }
-        // The operator's own no, other capsules, and what is no destination at all.
-        for to in ["203.0.113.7", "10.11.0.9", "10.12.0.1", "127.0.0.1", "0.0.0.1", "240.0.0.1", "224.0.0.1"] {
+        // The VMM's metadata, the operator's own no, other capsules, and what is no destination at all.
+        for to in [
+            "169.254.169.254",
+            "203.0.113.7",
+            "10.11.0.9",
+            "10.12.0.1",
+            "127.0.0.1",
+            "0.0.0.1",
+            "240.0.0.1",
+            "224.0.0.1",
+        ] {
             assert!(!says(to), "{to} is out of reach");
         }
         drop((guest, netns));

@@ -51,6 +51,10 @@ fn a_slot_has_everything_and_leaves_nothing() {
             (&tap["addr_info"][0]["local"], &tap["addr_info"][0]["prefixlen"]),
             (&"169.254.0.22".into(), &30.into())
         );
+        assert_eq!(
+            (&tap["addr_info"][1]["local"], &tap["addr_info"][1]["prefixlen"]),
+            (&"169.254.169.254".into(), &32.into())
+        );
         assert!(tap["flags"].as_array().unwrap().contains(&"UP".into()));
         assert!(inside("addr show lo")[0]["flags"].as_array().unwrap().contains(&"UP".into()));
         let neighbour = &inside("neigh show dev tap0")[0];
@@ -80,6 +84,7 @@ fn a_slot_has_everything_and_leaves_nothing() {
              \tchain frames {\n\
              \t\ttype filter hook ingress device \"tap0\" priority filter; policy accept;\n\
              \t\t@ll,48,48 != 0x2fc00000005 drop\n\
+             \t\tlimit rate over 210 mbytes/second burst 110 mbytes drop\n\
              \t\tip version 4 ip hdrlength 5 ip saddr 169.254.0.21 accept\n\
              \t\tarp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether 02:fc:00:00:00:05 arp saddr ip 169.254.0.21 \
              arp daddr ip 169.254.0.22 accept\n\
@@ -95,6 +100,10 @@ fn a_slot_has_everything_and_leaves_nothing() {
              \t\tiifname \"tap0\" ip daddr 169.254.169.254 tcp dport 80 accept\n\
              \t\tiifname \"tap0\" ip daddr 169.254.0.22 meta l4proto icmp accept\n\
              \t\tiifname \"tap0\" drop\n\
+             \t}\n\n\
+             \tchain output {\n\
+             \t\ttype filter hook output priority filter; policy accept;\n\
+             \t\toifname \"eth0\" meta skuid 900001 drop\n\
              \t}\n}\n"
         );
 

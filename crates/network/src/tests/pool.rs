@@ -84,7 +84,7 @@ fn the_next_guest_finds_nothing_of_the_last() {
         // As a VMM does it, or one that is no longer what it was.
         sh("ip netns exec wrenn-ns-1 nft add table netdev vmm
             ip netns exec wrenn-ns-1 nft add chain netdev vmm rate '{ type filter hook ingress device tap0 priority 0; }'
-            ip -n wrenn-ns-1 addr add 169.254.169.254/32 dev tap0; ip -n wrenn-ns-1 link set tap0 mtu 900
+            ip -n wrenn-ns-1 addr add 169.254.169.253/32 dev tap0; ip -n wrenn-ns-1 link set tap0 mtu 900
             ip -n wrenn-ns-1 neigh add 169.254.0.23 lladdr 02:00:00:00:00:01 dev tap0
             tc -n wrenn-ns-1 qdisc add dev tap0 root tbf rate 1mbit burst 10k latency 10ms
             ip netns exec wrenn-ns-1 sh -c 'echo 0 > /proc/sys/net/ipv4/ip_forward'");
