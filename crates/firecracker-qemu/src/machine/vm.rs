@@ -127,10 +127,6 @@ impl Vm {
         let mut config = VmConfig::from_snapshot(&header, &load.network_overrides)?;
         let track = load.track_dirty_pages || load.enable_diff_snapshots;
         config.machine.track_dirty_pages = track;
-        let here = since.rate_khz().await;
-        if !tsc::compatible(header.tsc_khz, here) {
-            return Err(Error::TscRate { saved: header.tsc_khz, here });
-        }
         for drive in &config.drives {
             if let Some(path) = &drive.path_on_host {
                 config::open_drive(path, drive.is_read_only)?;
@@ -145,7 +141,12 @@ impl Vm {
         };
         let missing = handler.is_some();
         let userfault = (missing || track).then_some(Userfault { missing, track });
-        let qemu = Qemu::start(&config, Origin::Snapshot, &memory, userfault).await?;
+        // To measure the rate takes time, which QEMU needs too.
+        let (here, qemu) = tokio::join!(since.rate_khz(), Qemu::start(&config, Origin::Snapshot, &memory, userfault));
+        let qemu = qemu?;
+        if !tsc::compatible(header.tsc_khz, here) {
+            return Err(Error::TscRate { saved: header.tsc_khz, here });
+        }
         if qemu.version() != header.qemu_version {
             return Err(Error::QemuVersion { saved: header.qemu_version, here: qemu.version().to_owned() });
         }
