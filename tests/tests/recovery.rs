@@ -1,4 +1,4 @@
-//! The agent dies without warning, and comes back.
+//! The agent dies without warning, or is interrupted, and comes back.
 
 use std::time::Duration;
 
@@ -77,4 +77,16 @@ async fn a_capsule_whose_vmm_died_with_the_agent_is_not_running() {
         }
     };
     assert!(["error", "stopped", "missing"].contains(&status.as_str()), "{status}");
+}
+
+#[tokio::test]
+async fn who_says_that_it_is_ready_can_be_interrupted() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    for _ in 0..5 {
+        assert!(up.stop(), "a ctrl-C that followed the line that it is ready was not heeded");
+        up.restart();
+    }
+    assert!(up.stop());
+    before.is_back().await;
 }

@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::host::HostArgs;
-use crate::terminal::{Progress, interrupted};
+use crate::terminal::{Interrupts, Progress};
 use crate::{images, up, vmm_choice};
 
 /// How long a shutdown waits for exchanges that are under way.
@@ -45,13 +45,14 @@ impl AgentCommand {
         let images = images::prepare(&images::cache()?, &progress).await?;
         let config = self.host.config(dir, choice.binary, images)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
+        let mut interrupts = Interrupts::listen()?;
         let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
         progress.say(&format!("agent listens on {}", listener.local_addr()?));
         let shutdown = CancellationToken::new();
         let forget = tokio::spawn(agent.clone().forget_ended(shutdown.clone().cancelled_owned()));
         let watch = tokio::spawn(agent.clone().watch_capsules(shutdown.clone().cancelled_owned()));
         let mut server = tokio::spawn(proxy::serve(listener, agent.router(), shutdown.clone().cancelled_owned()));
-        interrupted().await?;
+        interrupts.next().await;
         shutdown.cancel();
         // Streams that have no end of their own are cut; what they are about goes on in its capsule.
         match tokio::time::timeout(GRACE, &mut server).await {

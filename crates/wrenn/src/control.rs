@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use tokio::net::TcpListener;
 
-use crate::terminal::{self, Progress, interrupted};
+use crate::terminal::{self, Interrupts, Progress};
 
 /// Runs the control plane alone, over a database and an agent.
 #[derive(Debug, Args)]
@@ -44,9 +44,9 @@ impl ControlCommand {
         }
         let listener =
             TcpListener::bind(&self.listen).await.with_context(|| format!("listening on {}", self.listen))?;
+        let mut interrupts = Interrupts::listen()?;
         Progress::new(false).say(&format!("API listens on {}", listener.local_addr()?));
-        // A signal that cannot be listened for ends it like one that came.
-        control.run(listener, async { drop(interrupted().await) }).await?;
+        control.run(listener, interrupts.next()).await?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use self::tls::{Authority, Names};
 use crate::current::Current;
 use crate::host::HostArgs;
-use crate::terminal::Progress;
+use crate::terminal::{Interrupts, Progress};
 use crate::{images, vmm_choice};
 
 /// Where everything is kept unless told otherwise.
@@ -83,6 +83,7 @@ impl Up {
         progress.say("opening networks and disks");
         let config = self.host.config(dir.clone(), choice.binary, images)?;
         let agent = Agent::open(config).await.context("starting the agent")?;
+        let mut interrupts = Interrupts::listen()?;
         let socket = agent.socket();
         let agent_listener = bind(&socket)?;
 
@@ -134,15 +135,12 @@ impl Up {
             authority.is_some().then(|| tls::bundle_path(&dir)).as_deref(),
         )?;
 
-        crate::terminal::interrupted().await?;
+        interrupts.next().await;
         progress.say("pausing all capsules (press ctrl-C again to leave at once)");
         let next = format!("the next `wrenn up --dir {}` takes over what still runs", dir.display());
         let unpaused = tokio::select! {
             unpaused = agent.pause_all() => unpaused,
-            again = crate::terminal::interrupted() => {
-                again?;
-                bail!("left at once; {next}");
-            }
+            () = interrupts.next() => bail!("left at once; {next}"),
         };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;

@@ -11,7 +11,7 @@ use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::rest::Client;
-use crate::terminal;
+use crate::terminal::{self, Interrupts};
 
 /// Has ports of this machine lead to ports of a capsule, whatever protocol is spoken there, until ctrl-C.
 #[derive(Debug, Args)]
@@ -45,6 +45,7 @@ impl FromStr for Ports {
 
 impl PortForward {
     pub(super) async fn run(self, client: &Client) -> Result<ExitCode> {
+        let mut interrupts = Interrupts::listen()?;
         for ports in &self.ports {
             let listener = TcpListener::bind((self.address, ports.here))
                 .await
@@ -52,7 +53,7 @@ impl PortForward {
             terminal::print(&format!("{} leads to port {} of {}", listener.local_addr()?, ports.there, self.id))?;
             tokio::spawn(serve(listener, client.clone(), self.id, ports.there));
         }
-        terminal::interrupted().await?;
+        interrupts.next().await;
         Ok(ExitCode::SUCCESS)
     }
 }

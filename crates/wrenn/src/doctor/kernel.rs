@@ -27,7 +27,7 @@ pub(crate) const NEEDED: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::KILL);
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![privileges(), kernel(), cgroup(), nf_tables(), tun(), loop_devices(), userfaultfd(), memory()]
+    vec![privileges(), kernel(), cgroup(), scheduler(), nf_tables(), tun(), loop_devices(), userfaultfd(), memory()]
 }
 
 fn privileges() -> Check {
@@ -82,6 +82,23 @@ fn cgroup() -> Check {
         format!("version 2 at {place}, without {}: capsules run, but have no limit there", missing.join(", ")),
         "boot with systemd.unified_cgroup_hierarchy=1 (or cgroup_no_v1=all), so that version 1 does not hold them",
     )
+}
+
+/// With autogroup, sessions share the processors, and each capsule outside of a `cpu` cgroup is one: with its virtual
+/// processors on one of them, its other threads wait a tenth of a second on the next while that is busy.
+fn scheduler() -> Check {
+    let mount = vmm::cgroup::mount_point().ok();
+    let controllers = mount.and_then(|mount| fs::read_to_string(mount.join("cgroup.controllers")).ok());
+    let has_groups = controllers.is_some_and(|names| names.split_whitespace().any(|name| name == "cpu"));
+    let autogroup = fs::read_to_string("/proc/sys/kernel/sched_autogroup_enabled").unwrap_or_default();
+    match autogroup.trim() {
+        "1" if !has_groups => Check::warn(
+            "scheduler",
+            "autogroup is on, and capsules have no cgroup for `cpu`: terminals are slow while ports keep all processors busy",
+            "`sysctl -w kernel.sched_autogroup_enabled=0`, or what is said of cgroup",
+        ),
+        _ => Check::ok("scheduler", "no sessions that share the processors unevenly"),
+    }
 }
 
 /// Asks nf_tables for its generation, which changes nothing, loads its module, and needs the right to use it.
