@@ -4,14 +4,15 @@
 //! runtime. So each namespace has a thread of its own, and no thread ever comes back from one.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
 use netlink_packet_route::link::LinkAttribute;
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::ioctl::{self, IntegerSetter, Setter, Updater};
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::netlink::{NETFILTER, ROUTE, Requests, Socket};
@@ -39,10 +40,10 @@ const TAP_QUEUE: u32 = 5000;
 /// everywhere. Were it not one, the first `ip netns add` would mount it over itself and hide what we put there.
 pub(crate) fn prepare() -> io::Result<()> {
     fs::create_dir_all(NETNS_DIR)?;
-    let share = || rustix::mount::mount_change(NETNS_DIR, MountPropagationFlags::SHARED | MountPropagationFlags::REC);
+    let share = || mount::mount_change(NETNS_DIR, MountPropagationFlags::SHARED | MountPropagationFlags::REC);
     match share() {
         Err(Errno::INVAL) => {
-            rustix::mount::mount_bind_recursive(NETNS_DIR, NETNS_DIR)?;
+            mount::mount_bind_recursive(NETNS_DIR, NETNS_DIR)?;
             Ok(share()?)
         }
         result => Ok(result?),
@@ -235,24 +236,35 @@ fn enter_new(slot: Slot) -> io::Result<()> {
     File::create_new(&path)?;
     // SAFETY: only CLONE_FILES could take descriptors away from other threads, and it is not asked for.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
-    Ok(rustix::mount::mount_bind("/proc/thread-self/ns/net", &path)?)
+    Ok(mount::mount_bind("/proc/thread-self/ns/net", &path)?)
 }
 
 /// Before there are links, so that they begin with these settings.
+///
+/// In a `/proc` of their own: in a shared one the kernel looks for a namespace's `net/ipv4` among those of all namespaces,
+/// one after the other, which at 500 of them takes a millisecond.
 fn configure() -> io::Result<()> {
-    fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    let proc = mount::fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    mount::fsconfig_create(proc.as_fd())?;
+    let proc = mount::fsmount(proc.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let set = |name: &str, value: &str| {
+        let file = openat(&proc, format!("sys/net/{name}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        File::from(file).write_all(value.as_bytes())
+    };
+    set("ipv4/ip_forward", "1")?;
     // A VMM that serves metadata by a socket does so without privileges.
-    fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", HTTP.to_string())?;
-    disable_ipv6("all")
+    set("ipv4/ip_unprivileged_port_start", &HTTP.to_string())?;
+    unless_absent(set("ipv6/conf/all/disable_ipv6", "1"))
 }
 
-/// Takes IPv6 from one link of this thread's namespace, or from all that are and will be.
+/// Takes IPv6 from one link of this thread's namespace.
 pub(crate) fn disable_ipv6(link: &str) -> io::Result<()> {
-    match fs::write(format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6"), "1") {
-        // A kernel without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    unless_absent(fs::write(format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6"), "1"))
+}
+
+/// What was done, or could not be because there is no such file: of a kernel without IPv6, say.
+fn unless_absent(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 /// Makes the tap, which stays when our descriptor is closed; the VMM attaches to it by name, as `user` and without privileges.
@@ -290,13 +302,10 @@ fn add_tap_s_addresses(requests: &mut Requests, mtu: u32) {
 /// Removes the name. The namespace itself goes when no process is in it any more.
 pub(crate) fn unname(slot: Slot) -> io::Result<()> {
     let path = slot.netns_path();
-    match rustix::mount::unmount(&path, UnmountFlags::DETACH) {
+    match mount::unmount(&path, UnmountFlags::DETACH) {
         // There is no such file, or nothing is mounted on it.
         Ok(()) | Err(Errno::NOENT | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    unless_absent(fs::remove_file(&path))
 }
