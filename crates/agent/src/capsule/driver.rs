@@ -4,7 +4,7 @@ mod stored;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,12 +14,11 @@ use api::egress::Policy;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-use vmm::cgroup::Cgroup;
-use vmm::process::{Exit, Process};
 
+use super::pager::{self, Watch};
 use super::record::{Base, Journal, Phase, Record};
 use super::release::{release, stop};
-use super::start::{self, Origin, Running, pager_lost};
+use super::start::{self, Origin, Running};
 use super::{Command, Handle, Observed, Refused, Traffic, files, save};
 use crate::admission::Promise;
 use crate::boot::Boots;
@@ -34,9 +33,6 @@ const QUEUE: usize = 8;
 const CONSOLE: u64 = 2 << 10;
 /// How long a pause waits for exchanges with the guest to end.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long a save may go on whose guest has lost its pager.
-const UNPAGED: Duration = Duration::from_secs(5);
-
 struct Driver {
     host: Arc<Host>,
     journal: Journal,
@@ -228,7 +224,7 @@ impl Driver {
             biased;
             () = self.destroyed.cancelled() => Some(Life::Running(running)),
             exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
-            exit = pager_lost(running.pager.as_ref(), self.journal.dir()) => self.fail(start::pager_reason(exit)).await,
+            exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => self.fail(pager::reason(exit)).await,
             () = self.memory_arrived() => {
                 self.complete().await;
                 Some(Life::Running(running))
@@ -315,7 +311,7 @@ impl Driver {
         let watch = Watch::over(&self.host, &self.journal, &running);
         let (saved, lost) = watch.during(save::pause(&self.host, &mut self.journal, &running)).await;
         if let Err(failed) = saved {
-            let why = why(&failed, lost);
+            let why = pager::why(&failed, lost);
             warn!(capsule = %id, error = why, "the pause failed");
             if !failed.goes_on {
                 let _ = done.send(Err(Refused::Save(failed)));
@@ -438,7 +434,7 @@ impl Driver {
                 Some(Life::Running(running))
             }
             Err(failed) => {
-                let (why, goes_on) = (why(&failed, lost), failed.goes_on);
+                let (why, goes_on) = (pager::why(&failed, lost), failed.goes_on);
                 warn!(capsule = %self.journal.record().spec.id, error = why, "a snapshot failed");
                 let _ = done.send(Err(Refused::Save(failed)));
                 if goes_on {
@@ -573,47 +569,6 @@ impl Driver {
         let state = if leftovers.is_empty() { last } else { CapsuleState::Failed };
         self.publish(state, reason);
         info!(capsule = %id, "ended");
-    }
-}
-
-/// Sees to it that a save of a guest ends that has lost its pager: such a guest may stand still at any page that had not come.
-struct Watch<'a> {
-    pager: Option<&'a Process>,
-    dir: PathBuf,
-    cgroup: Cgroup,
-}
-
-impl<'a> Watch<'a> {
-    fn over(host: &Host, journal: &Journal, running: &'a Running) -> Self {
-        let (dir, cgroup) = (journal.dir().to_owned(), host.cgroup(journal.record().spec.id));
-        Self { pager: running.pager.as_ref(), dir, cgroup }
-    }
-
-    /// What came of the save, and how the pager ended if it did.
-    async fn during<T>(self, save: impl Future<Output = T>) -> (T, Option<Exit>) {
-        tokio::pin!(save);
-        let lost = tokio::select! {
-            biased;
-            saved = &mut save => return (saved, None),
-            exit = pager_lost(self.pager, &self.dir) => Some(exit),
-        };
-        // What has come may be all that is to be saved.
-        if let Ok(saved) = tokio::time::timeout(UNPAGED, &mut save).await {
-            return (saved, lost);
-        }
-        if let Err(error) = self.cgroup.kill().await {
-            error!(dir = %self.dir.display(), error = crate::chain(&error), "ending a VMM that has lost its memory");
-        }
-        (save.await, lost)
-    }
-}
-
-/// Why a save failed, of a guest whose pager ended like that.
-fn why(failed: &save::Failed, lost: Option<Exit>) -> String {
-    let why = crate::chain(failed);
-    match lost {
-        Some(exit) => format!("the process that serves its memory ended by itself ({exit}), and so {why}"),
-        None => why,
     }
 }
 

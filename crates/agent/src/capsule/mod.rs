@@ -18,6 +18,7 @@
 
 pub mod driver;
 pub mod files;
+pub mod pager;
 pub mod record;
 pub mod recover;
 pub mod release;

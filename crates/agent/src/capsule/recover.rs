@@ -22,9 +22,10 @@ use vmm::client::VmState;
 use vmm::process::Process;
 
 use super::driver::{spawn_adopted, spawn_paused};
+use super::pager;
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::release::{release, stop};
-use super::start::{Running, is_whole};
+use super::start::Running;
 use super::{Handle, files, remote};
 use crate::guest::Guest;
 use crate::host::{Host, collect};
@@ -184,7 +185,7 @@ async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
     let pager = match &record.pager {
         // One that has served everything is not missed.
         Some(identity) => match Process::adopt(identity, &cgroup, &journal.dir().join(files::PAGER_LOG)).ok()? {
-            None if !is_whole(journal.dir()) => {
+            None if !pager::is_whole(journal.dir()) => {
                 warn!(capsule = %record.spec.id, "the process that serves its memory is gone");
                 return None;
             }

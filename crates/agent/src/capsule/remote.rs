@@ -22,8 +22,8 @@ use snapshot::{Header, Snapshot, Store};
 use tracing::{debug, info};
 
 use super::files;
+use super::pager;
 use super::record::{Base, Journal, Phase, Record};
-use super::start;
 use crate::host::{Host, blocking};
 
 /// Without a byte of the memory having come for so long, nobody waits for the rest.
@@ -309,7 +309,7 @@ pub fn tidy(journal: &Journal) {
 
 /// Resolves when all of the memory of the capsule in `dir` has come.
 pub async fn arrived(dir: &Path) {
-    while !start::has_said(dir, "fetched") {
+    while !pager::has_said(dir, "fetched") {
         tokio::time::sleep(LOOK / 4).await;
     }
 }
@@ -322,7 +322,7 @@ pub async fn awaited(dir: &Path) -> Result<(), Error> {
             () = arrived(dir) => return Ok(()),
             () = tokio::time::sleep(LOOK) => {}
         }
-        if start::has_said(dir, "incomplete") {
+        if pager::has_said(dir, "incomplete") {
             return Err(Error::Incomplete);
         }
         let now = come(dir);

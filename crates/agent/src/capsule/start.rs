@@ -12,8 +12,9 @@ use snapshot::Snapshot;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use vmm::client::{Boot, Client, Load, Memory};
-use vmm::process::{Companion, Exit, Launch, Process};
+use vmm::process::{Exit, Launch, Process};
 
+use super::pager::{self, Served};
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::{Spec, files};
 use crate::admission::{Full, Resource};
@@ -25,13 +26,6 @@ use crate::point::Point;
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
 /// From the VMM's exec to its API.
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
-/// Pause between two looks for what the pager says.
-const READY_PAUSE: Duration = Duration::from_millis(1);
-/// What a pager exits with when the snapshot is of no use.
-const PAGER_DAMAGED: Exit = Exit::Code(10);
-/// What a pager exits with when memory did not come from the object store.
-const PAGER_STARVED: Exit = Exit::Code(13);
-
 /// What the guest kernel is told: a quiet serial console, its address, and envd as its init.
 const BOOT_ARGS: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=1 pci=off random.trust_cpu=on \
     i8042.noaux i8042.nomux i8042.dumbkbd \
@@ -105,7 +99,7 @@ pub enum Error {
 impl Error {
     /// Whether what the capsule begins from is damaged, so that trying again is of no use.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(PAGER_DAMAGED))
+        matches!(self, Self::Snapshot(_) | Self::State | Self::PagerDied(pager::DAMAGED))
     }
 
     /// What the host had not enough of, if that is why.
@@ -199,32 +193,6 @@ impl Running {
     }
 }
 
-/// Resolves when a pager ends though it is needed; never for one that has done its work, or where there is none.
-pub async fn pager_lost(pager: Option<&Process>, dir: &Path) -> Exit {
-    let Some(pager) = pager else { return std::future::pending().await };
-    let exit = pager.exited().await;
-    // Of one that an earlier agent started nobody could be told how it ended, so what it said itself counts.
-    if is_whole(dir) || has_said(dir, "vmm gone") { std::future::pending().await } else { exit }
-}
-
-/// Whether the pager of the capsule in `dir` has ended because it was not needed any more.
-pub fn is_whole(dir: &Path) -> bool {
-    has_said(dir, "whole")
-}
-
-/// What is told of a capsule whose pager ended though it is needed.
-pub fn pager_reason(exit: Exit) -> String {
-    match exit {
-        PAGER_STARVED => "memory that it needed did not come from the object store".into(),
-        exit => format!("the process that serves its memory ended by itself ({exit})"),
-    }
-}
-
-/// Whether the pager of the capsule in `dir` has said that.
-pub fn has_said(dir: &Path, word: &str) -> bool {
-    std::fs::read_to_string(dir.join(files::PAGER_LOG)).is_ok_and(|log| log.lines().any(|line| line == word))
-}
-
 /// Makes the capsule that `journal` describes run. On failure the caller releases what the journal names.
 pub async fn start(
     host: &Arc<Host>,
@@ -287,7 +255,7 @@ pub async fn start(
     let (vmm_version, envd_version) = tokio::select! {
         up = bring_up => up?,
         exit = process.exited() => return Err(Error::Died(exit)),
-        exit = pager_lost(pager.as_ref(), &dir) => return Err(Error::PagerDied(exit)),
+        exit = pager::lost(pager.as_ref(), &dir) => return Err(Error::PagerDied(exit)),
         () = tokio::time::sleep(GUEST_LIMIT) => return Err(Error::Silent),
         () = cancelled.cancelled() => return Err(Error::Cancelled),
     };
@@ -395,13 +363,13 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
     let working_set = origin.working_set(dir).map(|path| (path, origin.is_noted()));
     if record.is_remote {
         check_state(dir, &saved).await?;
-        let pager = pager(host, spec, dir, user, Served::Remote, working_set).await?;
+        let pager = pager::start(host, spec, dir, user, Served::Remote, working_set).await?;
         return Ok(Placed { saved: Some(saved), pager: Some(pager) });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager(host, spec, dir, user, Served::Own(saved.number), working_set).await?;
+    let pager = pager::start(host, spec, dir, user, Served::Own(saved.number), working_set).await?;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })
@@ -438,72 +406,6 @@ async fn check_state(dir: &Path, saved: &Saved) -> Result<(), Error> {
         Ok(found) if found == saved.state => Ok(()),
         _ => Err(Error::State),
     }
-}
-
-/// Which memory a pager serves.
-enum Served {
-    /// That of the capsule's snapshot of this number.
-    Own(u32),
-    /// That which has not all come yet.
-    Remote,
-}
-
-/// Starts a pager and waits until it can serve. What is needed first is learned from `working_set`, and written to it if it is
-/// to be.
-async fn pager(
-    host: &Host,
-    spec: &Spec,
-    dir: &Path,
-    user: u32,
-    served: Served,
-    working_set: Option<(PathBuf, bool)>,
-) -> Result<Process, Error> {
-    match std::fs::remove_file(dir.join(files::PAGER_LOG)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::Place(error)),
-        _ => {}
-    }
-    let (binary, words) = &host.config.pager;
-    let (memory, generations) = match served {
-        Served::Own(number) => (PathBuf::from(files::memory(number)), host.memory.generations().to_owned()),
-        Served::Remote => (Path::new(files::REMOTE).join(files::MEMORY), PathBuf::from(files::REMOTE)),
-    };
-    let (socket, user) = (Path::new(files::VM).join(files::PAGER_SOCKET), user.to_string());
-    let to_come = Path::new(files::REMOTE).join(files::REMOTE_FILES);
-    let mut args: Vec<&std::ffi::OsStr> = words.iter().map(AsRef::as_ref).collect();
-    args.extend([
-        // Relative, because the address of a socket ends at 107 bytes and paths do not.
-        "--socket".as_ref(),
-        socket.as_os_str(),
-        "--vmm-uid".as_ref(),
-        user.as_ref(),
-        "--header".as_ref(),
-        memory.as_os_str(),
-        "--generations".as_ref(),
-        generations.as_os_str(),
-    ]);
-    if let Some((path, is_noted)) = &working_set {
-        args.extend(["--prefetch".as_ref(), path.as_os_str()]);
-        if *is_noted {
-            args.extend(["--record".as_ref(), path.as_os_str()]);
-        }
-    }
-    let mut environment = Vec::new();
-    if let Served::Remote = served {
-        let objects = host.config.objects.as_ref().ok_or(Error::NoObjects)?;
-        args.extend(["--objects".as_ref(), objects.address().as_ref(), "--to-come".as_ref(), to_come.as_os_str()]);
-        environment.extend(objects.environment());
-    }
-    let cgroup = host.cgroup(spec.id);
-    let log = dir.join(files::PAGER_LOG);
-    let companion = Companion { binary, args: &args, environment: &environment, dir, cgroup: &cgroup, log: &log };
-    let pager = companion.spawn().await.map_err(Error::Pager)?;
-    while !has_said(dir, "ready") {
-        if let Some(exit) = pager.exit() {
-            return Err(Error::PagerDied(exit));
-        }
-        tokio::time::sleep(READY_PAUSE).await;
-    }
-    Ok(pager)
 }
 
 /// Boots the image. Returns envd's version.

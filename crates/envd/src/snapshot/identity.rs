@@ -8,8 +8,8 @@ use rustix::fd::AsFd;
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::CStr;
 use std::fs;
-use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::runtime::Handle;
@@ -52,15 +52,16 @@ impl New {
         Ok(New { hostname, machine_id: machine_id.map(|id| id.to_ascii_lowercase()) })
     }
 
-    /// Writes the machine id, a random one unless one was given, and returns it.
+    /// Writes the machine id, a random one unless one was given, and returns it. Over the old one: a new file takes a cold
+    /// guest a third of all that makes it a machine of its own, and those who could see half of an id are frozen.
     pub(super) fn write_machine_id(&self) -> io::Result<String> {
         let id = match &self.machine_id {
             Some(id) => id.clone(),
             None => fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', ""),
         };
-        replace(MACHINE_ID, &format!("{id}\n"), 0o444)?;
+        write_over(MACHINE_ID, &format!("{id}\n"))?;
         if fs::symlink_metadata(DBUS_MACHINE_ID).is_ok_and(|metadata| metadata.is_file()) {
-            replace(DBUS_MACHINE_ID, &format!("{id}\n"), 0o444)?;
+            write_over(DBUS_MACHINE_ID, &format!("{id}\n"))?;
         }
         Ok(id)
     }
@@ -69,7 +70,7 @@ impl New {
     pub(super) fn rename(&self) -> io::Result<Option<String>> {
         if let Some(name) = &self.hostname {
             init::rename(name)?;
-            replace(HOSTNAME, &format!("{name}\n"), 0o644)?;
+            write_over(HOSTNAME, &format!("{name}\n"))?;
         }
         Ok(self.hostname.clone())
     }
@@ -84,12 +85,11 @@ pub fn ensure_machine_id() -> io::Result<()> {
     }
 }
 
-/// Writes a file as a whole: who reads it sees the old content or the new.
-fn replace(path: &str, content: &str, mode: u32) -> io::Result<()> {
-    let beside = format!("{path}.envd");
-    fs::write(&beside, content)?;
-    fs::set_permissions(&beside, fs::Permissions::from_mode(mode))?;
-    fs::rename(&beside, path)
+/// Makes a file that everybody may read have this content.
+fn write_over(path: &str, content: &str) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).create(true).truncate(false).mode(0o644).open(path)?;
+    file.write_all(content.as_bytes())?;
+    if file.metadata()?.len() > content.len() as u64 { file.set_len(content.len() as u64) } else { Ok(()) }
 }
 
 /// Replaces the SSH host keys, which a twin has as well; false where there were none. One is made here and now, and of the

@@ -10,8 +10,9 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{Driver, Life};
+use crate::capsule::pager;
 use crate::capsule::record::Base;
-use crate::capsule::start::{Running, pager_lost};
+use crate::capsule::start::Running;
 use crate::capsule::{Refused, remote};
 
 /// After an upload that failed, the next try comes this much later, and each time twice that.
@@ -118,7 +119,7 @@ impl Driver {
         tokio::select! {
             awaited = remote::awaited(&dir) => awaited?,
             _ = running.process.exited() => return Err(remote::Error::Ended),
-            _ = pager_lost(running.pager.as_ref(), &dir) => return Err(remote::Error::Ended),
+            _ = pager::lost(running.pager.as_ref(), &dir) => return Err(remote::Error::Ended),
             () = self.destroyed.cancelled() => return Err(remote::Error::Ended),
         }
         remote::complete(&self.host.memory, &mut self.journal).await
