@@ -2,10 +2,11 @@
 //!
 //! One [`Upstream`] is one destination and its connection pool; dropping it closes the pool, so a destroyed capsule's
 //! connections go with it. [`serve()`] is the other end: listening, with a [`Lane`] aside for what may be much. [`path`] is how a
-//! host names a guest's port. Who may reach which destination is the caller's business, and so are credentials, pages for people
-//! and what becomes of a [`Tunnel`].
+//! host names a guest's port, and [`edge`] what is decided by a head alone. Who may reach which destination is the caller's
+//! business, and so are pages for people and what becomes of a [`Tunnel`].
 
 mod dial;
+pub mod edge;
 mod expect;
 mod headers;
 mod lane;

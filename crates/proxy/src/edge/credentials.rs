@@ -1,9 +1,9 @@
 //! What is the platform's and not a guest's: keys and tokens on the way in, cookies on the way out.
 
-use axum::http::HeaderMap;
-use axum::http::header::{AUTHORIZATION, COOKIE, HeaderName, HeaderValue, SET_COOKIE};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD};
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, COOKIE, HeaderName, HeaderValue, SET_COOKIE};
 
 /// Headers that are ours whatever is in them.
 const OURS: [&str; 5] = ["x-api-key", "e2b-traffic-access-token", "e2b-sandbox-id", "e2b-sandbox-port", "x-team-id"];
