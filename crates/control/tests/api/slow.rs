@@ -124,7 +124,7 @@ async fn a_flood_of_one_capsule_leaves_the_terminals_of_others(world: World) {
     let passed = Arc::new(AtomicU64::new(0));
     let mut floods = tokio::task::JoinSet::new();
     // More of them than there are threads, and as many that read nothing.
-    for number in 0..16 {
+    for number in 0..8 {
         let start = json!({"type": "start", "cmd": "/usr/bin/yes"});
         let mut socket = Socket::open(&world, loud, "exec/stream", start).await;
         let passed = passed.clone();
@@ -142,7 +142,7 @@ async fn a_flood_of_one_capsule_leaves_the_terminals_of_others(world: World) {
     while passed.load(Ordering::Relaxed) < WAITED_FOR {
         tokio::task::yield_now().await;
     }
-    let keys = 100;
+    let keys = 30;
     let before = passed.load(Ordering::Relaxed);
     for key in 0..keys {
         let key = format!("<{key}>");
