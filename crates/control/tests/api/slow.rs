@@ -122,17 +122,19 @@ async fn an_answer_waits_for_its_reader(world: World) {
 async fn a_flood_of_one_capsule_leaves_the_terminals_of_others(world: World) {
     let (loud, quiet) = (world.capsule().await, world.capsule().await);
     let passed = Arc::new(AtomicU64::new(0));
-    let mut floods = tokio::task::JoinSet::new();
+    let mut floods = tokio::task::JoinSet::<()>::new();
     // More of them than there are threads, and as many that read nothing.
     for number in 0..8 {
         let start = json!({"type": "start", "cmd": "/usr/bin/yes"});
         let mut socket = Socket::open(&world, loud, "exec/stream", start).await;
         let passed = passed.clone();
         floods.spawn(async move {
-            while number % 2 == 0 {
+            if number % 2 == 1 {
+                return std::future::pending().await;
+            }
+            loop {
                 passed.fetch_add(socket.next().await.len() as u64, Ordering::Relaxed);
             }
-            std::future::pending::<()>().await;
         });
     }
     let start = json!({"type": "start", "cmd": "/bin/sh", "args": ["-c", "stty raw -echo; echo ready; exec cat"]});
