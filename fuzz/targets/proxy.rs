@@ -1,35 +1,20 @@
 //! What strangers send to the edge, and what guests answer: host names, routing headers, paths, addresses, cookies and keys.
 #![no_main]
 
-// The control plane's own files: it brings a database, and these need none of it.
-#[allow(dead_code)]
-#[path = "../../crates/control/src/http/edge/address.rs"]
-mod address;
-#[allow(dead_code)]
-#[path = "../../crates/control/src/http/edge/credentials.rs"]
-mod credentials;
-#[allow(dead_code)]
-#[path = "../../crates/control/src/http/edge/forwarded.rs"]
-mod forwarded;
-#[allow(dead_code)]
-#[path = "../../crates/control/src/http/edge/strict.rs"]
-mod strict;
-
 use std::net::{IpAddr, Ipv4Addr};
 
-use address::Address;
-use axum::body::Body;
-use axum::extract::Request;
-use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, COOKIE, HOST, LOCATION, SET_COOKIE, TRANSFER_ENCODING};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, COOKIE, HOST, LOCATION, SET_COOKIE, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri};
 use libfuzzer_sys::fuzz_target;
+use proxy::edge::address::Address;
+use proxy::edge::{credentials, forwarded, strict};
 use proxy::{Peer, path};
 
 /// A request as a parser hands it over: a line `METHOD target`, then headers.
-fn request(bytes: &[u8]) -> Option<Request> {
+fn request(bytes: &[u8]) -> Option<Request<()>> {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let mut words = lines.next()?.splitn(2, |byte| *byte == b' ');
-    let mut request = Request::new(Body::empty());
+    let mut request = Request::new(());
     *request.method_mut() = words.next()?.try_into().ok()?;
     *request.uri_mut() = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
     for line in lines {
@@ -46,7 +31,7 @@ fn spelled(headers: &HeaderMap) -> Vec<String> {
 }
 
 /// A host that looks like a capsule's is never taken for the API's, and what is taken for a capsule's names it.
-fn addressed(request: &Request) {
+fn addressed(request: &Request<()>) {
     let host = request.headers()[HOST].to_str().expect("a strict host is text").to_ascii_lowercase();
     let label = host.split([':', '.']).next().unwrap_or_default();
     let looks = label.split_once("-cl-").is_some_and(|(port, _)| port.bytes().all(|byte| byte.is_ascii_digit()));

@@ -20,7 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("egress", &["api"]),
     ("disk", &[]),
     ("vmm", &[]),
-    ("proxy", &[]),
+    ("proxy", &["api"]),
     ("snapshot", &[]),
     ("objects", &[]),
     ("firecracker-qemu", &[]),

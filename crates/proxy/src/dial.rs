@@ -1,19 +1,15 @@
 //! Dialling a destination, with the patience a program needs that was started a moment ago.
 
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::Uri;
-use hyper_util::client::legacy::connect::{Connected, Connection};
-use hyper_util::rt::TokioIo;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -89,7 +85,8 @@ async fn once(target: &Target) -> io::Result<Box<dyn Io>> {
     readied(stream)
 }
 
-fn readied(stream: TcpStream) -> io::Result<Box<dyn Io>> {
+/// A connection that stands, as those are that we dial.
+pub fn readied(stream: TcpStream) -> io::Result<Box<dyn Io>> {
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
     Ok(Box::new(Roaming::new(stream)))
@@ -100,74 +97,30 @@ pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
 
-/// A connector that knows one destination, whatever the URI says.
-#[derive(Clone)]
-pub struct Dial {
-    target: Arc<Target>,
-    /// A connection that stands already: the next dial is this one.
-    ready: Arc<Mutex<Option<TcpStream>>>,
-}
-
-impl Dial {
-    pub fn new(target: Arc<Target>) -> Self {
-        Self { target, ready: Arc::default() }
-    }
-
-    pub fn begin_with(&self, stream: TcpStream) {
-        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
-    }
-}
-
-impl tower::Service<Uri> for Dial {
-    type Response = TokioIo<Wire>;
-    type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<TokioIo<Wire>>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, _: Uri) -> Self::Future {
-        let target = self.target.clone();
-        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Box::pin(async move {
-            let stream = match ready {
-                Some(stream) => readied(stream)?,
-                None => dial(&target).await?,
-            };
-            Ok(TokioIo::new(Wire { stream, heard: Heard::default() }))
-        })
-    }
-}
-
-/// Bytes that ever came out of a connection. It travels with the errors of its exchanges.
-#[derive(Debug, Clone, Default)]
-pub struct Heard(Arc<AtomicU64>);
+/// Whether anything ever came out of a connection.
+#[derive(Clone, Default)]
+pub struct Heard(Arc<AtomicBool>);
 
 impl Heard {
     /// Whether nothing ever came.
     pub fn nothing(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == 0
+        !self.0.load(Ordering::Relaxed)
     }
 }
 
 /// A connection that remembers whether anything came out of it.
 pub struct Wire {
-    stream: Box<dyn Io>,
-    heard: Heard,
-}
-
-impl Connection for Wire {
-    fn connected(&self) -> Connected {
-        Connected::new().extra(self.heard.clone())
-    }
+    pub stream: Box<dyn Io>,
+    pub heard: Heard,
 }
 
 impl AsyncRead for Wire {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.heard.0.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        if buf.filled().len() > before {
+            self.heard.0.store(true, Ordering::Relaxed);
+        }
         Poll::Ready(Ok(()))
     }
 }

@@ -6,6 +6,18 @@ use http::header::{
     TRANSFER_ENCODING, UPGRADE,
 };
 
+static HOP_BY_HOP: [HeaderName; 9] = [
+    CONNECTION,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("http2-settings"),
+];
+
 /// Removes the hop-by-hop headers, and those that `Connection` names. What every hop may say anew stays: that its client
 /// reads trailers.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
@@ -22,10 +34,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         headers.remove(name);
     }
     let reads_trailers = headers.get_all(TE).iter().any(names_trailers);
-    for name in [CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE] {
-        headers.remove(name);
-    }
-    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
+    for name in &HOP_BY_HOP {
         headers.remove(name);
     }
     if reads_trailers {

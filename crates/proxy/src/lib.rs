@@ -2,14 +2,16 @@
 //!
 //! One [`Upstream`] is one destination and its connection pool; dropping it closes the pool, so a destroyed capsule's
 //! connections go with it. [`serve()`] is the other end: listening, with a [`Lane`] aside for what may be much. [`path`] is how a
-//! host names a guest's port. Who may reach which destination is the caller's business, and so are credentials, pages for people
-//! and what becomes of a [`Tunnel`].
+//! host names a guest's port, and [`edge`] what is decided by a head alone. Who may reach which destination is the caller's
+//! business, and so are pages for people and what becomes of a [`Tunnel`].
 
 mod dial;
+pub mod edge;
 mod expect;
 mod headers;
 mod lane;
 pub mod path;
+mod pool;
 mod serve;
 mod tls;
 mod upgrade;
@@ -20,19 +22,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HeaderValue;
-use http::uri::{Authority, Parts, PathAndQuery, Scheme};
-use http::{Extensions, Method, Request, Response, StatusCode, Uri, Version};
+use http::header::{HOST, HeaderValue};
+use http::uri::PathAndQuery;
+use http::{Extensions, HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::client::legacy::{Client, Error as ClientError};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use dial::{Dial, Heard};
 pub use dial::{Io, Target};
 pub use lane::{Lane, aside, back, threads_aside};
+use pool::Pool;
 pub use serve::{Listener, Peer, Secure, serve};
 pub use tls::Tls;
 pub use upgrade::Tunnel;
@@ -60,21 +60,19 @@ const HEADERS: usize = 256;
 /// Bytes of one connection that are read and not yet passed on, and most of a head. What one connection may do at a time is as
 /// long as others wait.
 const BUFFER: usize = 128 << 10;
-/// How often a request is sent anew that an idle connection had no answer to.
-const AGAIN: usize = 3;
 
 /// Why a request was not answered by the destination.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing accepts connections there.
     #[error("connecting to {0}")]
-    Connect(Target, #[source] ClientError),
+    Connect(Target, #[source] io::Error),
     /// The connection was reset before a single byte came out of it: something accepted it, but no server.
     #[error("nobody listens at {0}")]
-    Nobody(Target, #[source] ClientError),
+    Nobody(Target, #[source] hyper::Error),
     /// The connection broke, or what came was not HTTP.
     #[error("waiting for the answer of {0}")]
-    Exchange(Target, #[source] ClientError),
+    Exchange(Target, #[source] hyper::Error),
     /// The connection became another protocol's, which nobody had asked for.
     #[error("{0} changes the protocol unasked")]
     Switched(Target),
@@ -91,11 +89,9 @@ pub enum Answer {
 /// One destination and its connections. Clones share the connections.
 #[derive(Clone)]
 pub struct Upstream {
-    target: Arc<Target>,
-    dial: Dial,
-    /// What it is called on the wire. A socket file has no name there, so any host stands for it.
-    authority: Authority,
-    client: Client<Dial, BoxBody>,
+    /// What it is called where a request does not say. A socket file has no name there, so any host stands for it.
+    host: HeaderValue,
+    pool: Arc<Pool>,
 }
 
 impl Upstream {
@@ -110,35 +106,28 @@ impl Upstream {
     }
 
     fn keeping(target: Target, idle: Duration) -> Self {
-        let authority = match &target {
-            Target::Address(address) => address.to_string().parse().ok(),
-            Target::Name(name) => name.parse().ok(),
+        let host = match &target {
+            Target::Address(address) => HeaderValue::try_from(address.to_string()).ok(),
+            Target::Name(name) => HeaderValue::try_from(name).ok(),
             Target::Socket(_) => None,
         };
-        let authority = authority.unwrap_or(Authority::from_static("host"));
-        let target = Arc::new(target);
-        let dial = Dial::new(target.clone());
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(idle)
-            .pool_timer(TokioTimer::new())
-            .http1_max_headers(HEADERS)
-            .http1_max_buf_size(BUFFER)
-            .build(dial.clone());
-        Self { target, authority, dial, client }
+        let host = host.unwrap_or(HeaderValue::from_static("host"));
+        Self { host, pool: Arc::new(Pool::new(target, idle)) }
     }
 
     /// Uses a connection to this destination that stands already, in place of the next dial.
     pub fn begin_with(&self, stream: tokio::net::TcpStream) {
-        self.dial.begin_with(stream);
+        self.pool.begin_with(stream);
     }
 
     /// Sends the request to this destination under the path and query of `request` as it stands, and hands back the
     /// answer as soon as its head is there. Hop-by-hop headers are dropped in both directions.
     pub async fn forward(&self, mut request: Request<BoxBody>) -> Result<Response<BoxBody>, Error> {
         headers::strip_hop_by_hop(request.headers_mut());
+        self.name_in(request.headers_mut());
         *request.version_mut() = Version::HTTP_11;
-        *request.uri_mut() = self.absolute(request.uri());
-        let mut response = self.send(request).await?.map(boxed);
+        *request.uri_mut() = path_of(request.uri());
+        let mut response = self.pool.send(request, false).await?;
         headers::strip_hop_by_hop(response.headers_mut());
         Ok(response)
     }
@@ -154,56 +143,36 @@ impl Upstream {
         if let Some(protocol) = &protocol {
             upgrade::restore(&mut parts.headers, protocol.clone());
         }
+        self.name_in(&mut parts.headers);
         parts.version = Version::HTTP_11;
-        parts.uri = self.absolute(&parts.uri);
+        parts.uri = path_of(&parts.uri);
         // What the server before us knows of its connection is not for the next.
         parts.extensions = Extensions::new();
         let may_repeat =
             is_empty && protocol.is_none() && [Method::GET, Method::HEAD, Method::OPTIONS].contains(&parts.method);
-        let mut body = Some(body);
-        let mut left = if may_repeat { AGAIN } else { 0 };
-        let mut response = loop {
-            let body = body.take().unwrap_or_else(|| boxed(Empty::new()));
-            match self.send(expect::honoured(Request::from_parts(parts.clone(), body))).await {
-                Err(Error::Exchange(_, error)) if left > 0 && was_closed(&error) && !is_new(&error) => left -= 1,
-                answer => break answer?,
-            }
-        };
+        let request = expect::honoured(Request::from_parts(parts, body));
+        let mut response = self.pool.send(request, may_repeat).await?;
         let destination = hyper::upgrade::on(&mut response);
-        let (mut parts, body) = response.into_parts();
-        let said = parts.headers.get(http::header::UPGRADE).cloned();
-        headers::strip_hop_by_hop(&mut parts.headers);
-        if parts.status != StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(Answer::Whole(Response::from_parts(parts, boxed(body))));
+        let said = response.headers().get(http::header::UPGRADE).cloned();
+        headers::strip_hop_by_hop(response.headers_mut());
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(Answer::Whole(response));
         }
         let (Some(client), Some(asked)) = (client, protocol) else {
-            return Err(Error::Switched((*self.target).clone()));
+            return Err(Error::Switched(self.pool.target().clone()));
         };
-        upgrade::restore(&mut parts.headers, said.unwrap_or(asked));
-        let head = Response::from_parts(parts, boxed(Empty::new()));
-        Ok(Answer::Upgraded(head, Tunnel { client, destination }))
+        upgrade::restore(response.headers_mut(), said.unwrap_or(asked));
+        Ok(Answer::Upgraded(response.map(|_| boxed(Empty::new())), Tunnel { client, destination }))
     }
 
-    async fn send(&self, request: Request<BoxBody>) -> Result<Response<hyper::body::Incoming>, Error> {
-        self.client.request(request).await.map_err(|source| {
-            let target = (*self.target).clone();
-            if source.is_connect() {
-                Error::Connect(target, source)
-            } else if is_new(&source) && was_reset(&source) {
-                Error::Nobody(target, source)
-            } else {
-                Error::Exchange(target, source)
-            }
-        })
+    fn name_in(&self, headers: &mut HeaderMap) {
+        headers.entry(HOST).or_insert_with(|| self.host.clone());
     }
+}
 
-    fn absolute(&self, uri: &Uri) -> Uri {
-        let mut parts = Parts::default();
-        parts.scheme = Some(Scheme::HTTP);
-        parts.authority = Some(self.authority.clone());
-        parts.path_and_query = uri.path_and_query().cloned().or(Some(PathAndQuery::from_static("/")));
-        Uri::from_parts(parts).expect("scheme, authority and path are all there")
-    }
+/// What is asked of a destination, without whom it is asked of.
+fn path_of(uri: &Uri) -> Uri {
+    uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/")).into()
 }
 
 /// A raw connection to a destination.
@@ -223,26 +192,16 @@ pub fn accept_upgrade<B>(request: &mut Request<B>, protocol: &'static str) -> Op
     Some((response, client))
 }
 
-/// Whether nothing had ever come out of the connection.
-fn is_new(error: &ClientError) -> bool {
-    let mut extras = Extensions::new();
-    error.connect_info().is_some_and(|connected| {
-        connected.get_extras(&mut extras);
-        extras.get::<Heard>().is_some_and(Heard::nothing)
-    })
-}
-
-fn was_reset(error: &ClientError) -> bool {
+fn was_reset(error: &hyper::Error) -> bool {
     let kinds = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
     causes(error).any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| kinds.contains(&error.kind())))
 }
 
 /// Whether the other end had closed the connection, in whatever way.
-fn was_closed(error: &ClientError) -> bool {
-    let ended = |cause: &hyper::Error| cause.is_incomplete_message() || cause.is_canceled() || cause.is_closed();
-    was_reset(error) || causes(error).any(|cause| cause.downcast_ref::<hyper::Error>().is_some_and(ended))
+fn was_closed(error: &hyper::Error) -> bool {
+    error.is_incomplete_message() || error.is_canceled() || error.is_closed() || was_reset(error)
 }
 
-fn causes(error: &ClientError) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+fn causes(error: &hyper::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
     std::iter::successors(std::error::Error::source(error), |error| error.source())
 }

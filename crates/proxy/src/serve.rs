@@ -11,7 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -157,6 +157,7 @@ where
     let mut serving = pin!(serving);
     // What goes wrong here the client knows best: it left, or does not speak HTTP.
     tokio::select! {
+        biased;
         _ = serving.as_mut() => return,
         _ = stopped.changed() => {}
     }
@@ -166,13 +167,7 @@ where
 
 /// What a connection is doing, and since when.
 #[derive(Clone)]
-struct Phase(Arc<Mutex<State>>);
-
-struct State {
-    doing: Doing,
-    /// Who waits for bytes, and has to look at the clock again.
-    reader: Option<Waker>,
-}
+struct Phase(Arc<Mutex<Doing>>);
 
 #[derive(Clone, Copy)]
 enum Doing {
@@ -183,17 +178,17 @@ enum Doing {
 
 impl Default for Phase {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(State { doing: Doing::Head(Instant::now()), reader: None })))
+        Self(Arc::new(Mutex::new(Doing::Head(Instant::now()))))
     }
 }
 
 impl Phase {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, Doing> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn begin(&self) -> Busy {
-        self.lock().doing = Doing::Exchange;
+        *self.lock() = Doing::Exchange;
         Busy(Some(self.clone()))
     }
 }
@@ -209,11 +204,8 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let Some(phase) = &self.0 else { return };
-        let mut state = phase.lock();
-        state.doing = Doing::Idle(Instant::now());
-        if let Some(reader) = state.reader.take() {
-            reader.wake();
+        if let Some(phase) = &self.0 {
+            *phase.lock() = Doing::Idle(Instant::now());
         }
     }
 }
@@ -245,6 +237,7 @@ impl<B: Body + Unpin> Body for During<B> {
 struct Patient {
     stream: Box<dyn Io>,
     phase: Phase,
+    /// Until when there is nothing to be looked at, or earlier: nobody sets it anew for every exchange.
     sleep: Pin<Box<Sleep>>,
 }
 
@@ -252,25 +245,31 @@ impl AsyncRead for Patient {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { stream, phase, sleep } = self.get_mut();
         let polled = Pin::new(stream).poll_read(cx, buf);
-        let mut state = phase.lock();
+        let mut doing = phase.lock();
         if polled.is_ready() {
-            if let Doing::Idle(_) = state.doing {
-                state.doing = Doing::Head(Instant::now());
+            if let Doing::Idle(_) = *doing {
+                *doing = Doing::Head(Instant::now());
             }
             return polled;
         }
-        let until = match state.doing {
-            Doing::Idle(since) => since + IDLE_LIMIT,
-            Doing::Head(since) => since + HEAD_LIMIT,
-            Doing::Exchange => {
-                state.reader = Some(cx.waker().clone());
-                return Poll::Pending;
+        loop {
+            let until = match *doing {
+                Doing::Idle(since) => Some(since + IDLE_LIMIT),
+                Doing::Head(since) => Some(since + HEAD_LIMIT),
+                Doing::Exchange => None,
+            };
+            if let Some(until) = until.filter(|until| *until < sleep.deadline()) {
+                sleep.as_mut().reset(until);
             }
-        };
-        if sleep.deadline() != until {
-            sleep.as_mut().reset(until);
+            ready!(sleep.as_mut().poll(cx));
+            let now = Instant::now();
+            match until {
+                Some(until) if until <= now => return Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                Some(until) => sleep.as_mut().reset(until),
+                // However it goes on, it may be idle from now on for so long.
+                None => sleep.as_mut().reset(now + IDLE_LIMIT),
+            }
         }
-        sleep.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 

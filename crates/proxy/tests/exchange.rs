@@ -272,6 +272,109 @@ async fn a_kept_connection_that_is_closed_costs_nobody_a_page() {
     assert!(until(&mut client, "\r\n\r\n").await.starts_with("HTTP/1.1 502 "));
 }
 
+/// Bytes that fill every buffer between two ends.
+const MUCH: usize = 32 << 20;
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_yet_holds_up_no_request() {
+    let (server, address) = listener().await;
+    let head = format!("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: {MUCH}\r\n\r\n");
+    let mut client = connect(front(address).await, &head).await;
+    let (server, _) = server.accept().await.unwrap();
+    let (mut from, mut to) = server.into_split();
+    // It says all it has to say before it has heard all.
+    let answering = tokio::spawn(async move {
+        to.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {MUCH}\r\n\r\n").as_bytes()).await.unwrap();
+        to.write_all(&vec![b'a'; MUCH]).await.unwrap();
+        to
+    });
+    let hearing = tokio::spawn(async move {
+        let mut heard = 0;
+        let mut buffer = vec![0; 64 << 10];
+        while heard < MUCH {
+            let more = from.read(&mut buffer).await.unwrap();
+            assert!(more > 0, "the request ends after {heard} bytes");
+            heard += more;
+        }
+        from
+    });
+    assert!(until(&mut client, "\r\n\r\n").await.starts_with("HTTP/1.1 200 "));
+    client.write_all(&vec![b'q'; MUCH]).await.unwrap();
+    hearing.await.unwrap();
+    let mut body = vec![0; MUCH];
+    client.read_exact(&mut body).await.unwrap();
+    assert!(body.iter().all(|byte| *byte == b'a'));
+    answering.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_after_any_answer_that_says_where_it_ends() {
+    let (server, address) = listener().await;
+    let mut client = connect(front(address).await, "").await;
+    let mut kept = None;
+    for (request, answer, end) in [
+        ("GET /1", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok"),
+        ("HEAD /2", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", "\r\n\r\n"),
+        ("GET /3", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", "0\r\n\r\n"),
+        ("GET /4", "HTTP/1.1 304 Same\r\nContent-Length: 9\r\n\r\n", "\r\n\r\n"),
+        ("GET /5", "HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n", ""),
+        ("GET /6", "HTTP/1.1 204 None\r\n\r\n", "\r\n\r\n"),
+    ] {
+        client.write_all(format!("{request} HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes()).await.unwrap();
+        let server = match &mut kept {
+            Some(kept) => kept,
+            None => kept.insert(server.accept().await.unwrap().0),
+        };
+        assert!(until(server, "\r\n\r\n").await.starts_with(request), "{request}");
+        server.write_all(answer.as_bytes()).await.unwrap();
+        if end.is_empty() {
+            until(&mut client, "\r\n\r\n").await;
+            // More than comes at once.
+            let mut body = vec![0; 3_000_000];
+            let (sent, read) = tokio::join!(server.write_all(&[b'x'; 3_000_000]), client.read_exact(&mut body));
+            sent.and(read.map(drop)).unwrap();
+        } else {
+            until(&mut client, end).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_nobody_uses_is_closed_before_its_server_would() {
+    let (server, address) = listener().await;
+    let mut client = connect(front(address).await, "GET / HTTP/1.1\r\nHost: h\r\n\r\n").await;
+    let (mut server, _) = server.accept().await.unwrap();
+    until(&mut server, "\r\n\r\n").await;
+    server.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+    until(&mut client, "ok").await;
+    assert_eq!(rest(&mut server).await, "");
+}
+
+#[tokio::test]
+async fn what_a_kept_connection_never_took_is_sent_on_another() {
+    let (server, address) = listener().await;
+    let mut client = connect(front(address).await, "GET / HTTP/1.1\r\nHost: h\r\n\r\n").await;
+    let (mut first, _) = server.accept().await.unwrap();
+    until(&mut first, "\r\n\r\n").await;
+    // It is closed at once, while nobody looks, or something comes that nobody asked for.
+    first.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+    until(&mut client, "ok").await;
+    for unasked in ["", "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"] {
+        first.write_all(unasked.as_bytes()).await.unwrap();
+        if unasked.is_empty() {
+            first.shutdown().await.unwrap();
+        }
+        // Until the proxy can know.
+        tokio::task::yield_now().await;
+        client.write_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nbody").await.unwrap();
+        let (mut next, _) = server.accept().await.unwrap();
+        assert!(until(&mut next, "body").await.starts_with("POST / "));
+        next.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood").await.unwrap();
+        assert!(until(&mut client, "good").await.starts_with("HTTP/1.1 200 "));
+        first = next;
+    }
+}
+
 #[tokio::test]
 async fn nothing_listens_there() {
     let (server, address) = listener().await;

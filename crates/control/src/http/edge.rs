@@ -5,15 +5,11 @@
 //!         └─► any other Host ─► the API
 //! ```
 //!
-//! What goes on to a guest has lost everything that is the platform's ([`credentials`]), and says who asked for what
-//! ([`forwarded`]). What comes of the platform instead of a guest is a [`page`]. Both connections of a request that goes to a guest
-//! are carried by threads of their own ([`proxy::aside`]), so that no terminal waits for them.
+//! Whom a head is for, and what of it goes on to a guest, is decided in [`proxy::edge`]. What comes of the platform instead of a
+//! guest is a [`page`]. Both connections of a request that goes to a guest are carried by threads of their own
+//! ([`proxy::aside`]), so that no terminal waits for them.
 
-mod address;
-mod credentials;
-mod forwarded;
 mod page;
-mod strict;
 
 use agent_api::REFUSAL_HEADER;
 use agent_api::port::PortRefusal;
@@ -23,9 +19,10 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use hyper::body::Body as _;
+use proxy::edge::address::Address;
+use proxy::edge::{credentials, forwarded, strict};
 use proxy::{Answer, Lane, boxed};
 
-use self::address::Address;
 use self::page::{Page, Problem};
 use super::error::Error;
 use super::{App, leftover};

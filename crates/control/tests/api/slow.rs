@@ -1,4 +1,5 @@
 //! Clients that do not read: they hold back whoever writes to them, lose nothing, and cost no more than the buffers on the way.
+//! And clients that read much: nobody else waits for them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,12 +16,18 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::socket::Socket;
 use crate::world::{PATIENCE, World, on_both};
 
-on_both![output_waits_for_its_reader, an_answer_waits_for_its_reader];
+on_both![
+    output_waits_for_its_reader,
+    an_answer_waits_for_its_reader,
+    a_flood_of_one_capsule_leaves_the_terminals_of_others,
+];
 
 /// Bytes that are written when nobody holds the writer back.
 const ALL: u64 = 48 << 20;
 /// Bytes between a writer and a client that does not read. Most of it is the kernel's, for the sockets of both ends.
 const BETWEEN: u64 = 32 << 20;
+/// Bytes of a flood that may pass, all in all, while a key goes to a terminal and its echo comes back.
+const WAITED_FOR: u64 = 8 << 20;
 /// Lines of output are this long, so that they tell where they belong.
 const LINE: u64 = 16;
 
@@ -110,4 +117,42 @@ async fn an_answer_waits_for_its_reader(world: World) {
         }
     }
     assert_eq!(read, ALL);
+}
+
+async fn a_flood_of_one_capsule_leaves_the_terminals_of_others(world: World) {
+    let (loud, quiet) = (world.capsule().await, world.capsule().await);
+    let passed = Arc::new(AtomicU64::new(0));
+    let mut floods = tokio::task::JoinSet::<()>::new();
+    // More of them than there are threads, and as many that read nothing.
+    for number in 0..8 {
+        let start = json!({"type": "start", "cmd": "/usr/bin/yes"});
+        let mut socket = Socket::open(&world, loud, "exec/stream", start).await;
+        let passed = passed.clone();
+        floods.spawn(async move {
+            if number % 2 == 1 {
+                return std::future::pending().await;
+            }
+            loop {
+                passed.fetch_add(socket.next().await.len() as u64, Ordering::Relaxed);
+            }
+        });
+    }
+    let start = json!({"type": "start", "cmd": "/bin/sh", "args": ["-c", "stty raw -echo; echo ready; exec cat"]});
+    let mut terminal = Socket::open(&world, quiet, "pty", start).await;
+    terminal.told().await;
+    terminal.shows("ready").await;
+    while passed.load(Ordering::Relaxed) < WAITED_FOR {
+        tokio::task::yield_now().await;
+    }
+    let keys = 30;
+    let before = passed.load(Ordering::Relaxed);
+    for key in 0..keys {
+        let key = format!("<{key}>");
+        terminal.write(&key).await;
+        terminal.shows(&key).await;
+    }
+    let flood = passed.load(Ordering::Relaxed) - before;
+    assert!(flood > 0, "there is no flood");
+    assert!(flood / keys < WAITED_FOR, "{} bytes of another capsule's passed for each key", flood / keys);
+    floods.shutdown().await;
 }

@@ -3,12 +3,11 @@
 //! The parser before us has refused what is not HTTP at all; what it lets pass is told apart here, before anything is decided
 //! by it.
 
-use axum::extract::Request;
-use axum::http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
-use axum::http::{Method, Version};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::{Method, Request, Version};
 
 /// What is refused of everyone.
-pub fn any(request: &Request) -> Result<(), &'static str> {
+pub fn any<B>(request: &Request<B>) -> Result<(), &'static str> {
     if request.method() == Method::CONNECT {
         return Err("this is no forward proxy");
     }
@@ -29,7 +28,7 @@ pub fn any(request: &Request) -> Result<(), &'static str> {
 }
 
 /// What is refused of those who speak to guests.
-pub fn for_guest(request: &Request) -> Result<(), &'static str> {
+pub fn for_guest<B>(request: &Request<B>) -> Result<(), &'static str> {
     let headers = request.headers();
     let mut encodings = headers.get_all(TRANSFER_ENCODING).iter();
     let (encoding, second) = (encodings.next(), encodings.next());

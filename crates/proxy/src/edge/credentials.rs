@@ -1,12 +1,13 @@
 //! What is the platform's and not a guest's: keys and tokens on the way in, cookies on the way out.
 
-use axum::http::HeaderMap;
-use axum::http::header::{AUTHORIZATION, COOKIE, HeaderName, HeaderValue, SET_COOKIE};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD};
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, COOKIE, HeaderName, HeaderValue, SET_COOKIE};
 
-/// Headers that are ours whatever is in them.
-const OURS: [&str; 5] = ["x-api-key", "e2b-traffic-access-token", "e2b-sandbox-id", "e2b-sandbox-port", "x-team-id"];
+/// Headers that are ours whatever is in them, and how others begin.
+const OURS: [&str; 3] = ["x-api-key", "e2b-traffic-access-token", "x-team-id"];
+const OURS_BEGIN: [&str; 2] = ["x-wrenn-", "e2b-sandbox-"];
 /// How keys of the platform begin.
 const KEYS: [&str; 2] = ["wrn_", "e2b_"];
 /// How names of the platform's cookies begin.
@@ -32,7 +33,7 @@ pub fn strip(headers: &mut HeaderMap) {
 /// To many programs an underscore is a dash.
 fn is_ours(name: &HeaderName) -> bool {
     let name = name.as_str().replace('_', "-");
-    OURS.contains(&name.as_str()) || name.starts_with("x-wrenn-")
+    OURS.contains(&name.as_str()) || OURS_BEGIN.iter().any(|begin| name.starts_with(begin))
 }
 
 /// Whether a key is in it, as it stands or in base64.
@@ -118,6 +119,7 @@ mod tests {
             ("e2b-traffic-access-token", "t"),
             ("e2b-sandbox-id", "i"),
             ("e2b-sandbox-port", "1"),
+            ("e2b_sandbox-i_", "i"),
             ("x-wrenn-refusal", "agent"),
             ("x-access-token", "envd's"),
             ("cookie", "a=1; wrenn_session=s;b=2; __Host-Wrenn=x"),

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use api::CapsuleId;
-use axum::extract::Request;
-use axum::http::header::HOST;
+use http::Request;
+use http::header::HOST;
 
 /// E2B's way to name a capsule and a port where host names cannot.
 const SANDBOX_ID: &str = "e2b-sandbox-id";
@@ -19,7 +19,7 @@ pub struct Address {
 
 impl Address {
     /// Where the request is to go; `None` for what is for the API. A host that looks like a capsule's never is.
-    pub fn of(request: &Request) -> Option<Result<Self, &'static str>> {
+    pub fn of<B>(request: &Request<B>) -> Option<Result<Self, &'static str>> {
         let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         let name = name(host);
         if let Some(address) = in_name(&name) {
@@ -72,8 +72,6 @@ fn parse(capsule: &str, port: &str) -> Result<Address, &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
-
     use super::*;
 
     const ID: &str = "cl-0000000000000000000000001";
@@ -83,7 +81,7 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        Address::of(&request.body(Body::empty()).unwrap())
+        Address::of(&request.body(()).unwrap())
     }
 
     fn port(number: u16) -> Option<Result<Address, &'static str>> {

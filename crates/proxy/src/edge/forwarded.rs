@@ -2,10 +2,10 @@
 
 use std::net::IpAddr;
 
-use axum::extract::Request;
-use axum::http::HeaderMap;
-use axum::http::header::{HOST, HeaderName, HeaderValue};
-use proxy::{Peer, Secure};
+use http::header::{HOST, HeaderName, HeaderValue};
+use http::{HeaderMap, Request};
+
+use crate::{Peer, Secure};
 
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -15,7 +15,7 @@ const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 
 /// Replaces what the request says of its way by what we know of it. A proxy on this machine, such as the one that terminates
 /// TLS, is believed what it says of its client; nobody else is.
-pub fn say(request: &mut Request) {
+pub fn say<B>(request: &mut Request<B>) {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
     let is_secure = request.extensions().get::<Secure>().is_some();
     let headers = request.headers_mut();
@@ -60,8 +60,6 @@ fn is_of_the_way(name: &HeaderName) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
-
     use super::*;
 
     fn said(peer: &str, headers: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -73,7 +71,7 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let mut request = request.body(Body::empty()).unwrap();
+        let mut request = request.body(()).unwrap();
         request.extensions_mut().insert(Peer(peer.parse().unwrap()));
         if is_secure {
             request.extensions_mut().insert(Secure);
