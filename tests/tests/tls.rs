@@ -54,6 +54,10 @@ async fn everything_speaks_https() {
     };
     assert_eq!(curl(&["--cacert", ca.to_str().unwrap()]), (Some(0), "index".into()));
     assert_eq!(curl(&[]).0, Some(60));
+    // A connection to one name is of no use for another.
+    let other = format!("Host: {}", up.domain());
+    let asked = curl(&["--cacert", ca.to_str().unwrap(), "-H", &other, "-o", "/dev/null", "-w", "%{http_code}"]);
+    assert_eq!(asked, (Some(0), "421".into()));
     let url = up.wrenn().args(["capsule", "url", &id, "8000"]).output().unwrap();
     assert_eq!(String::from_utf8(url.stdout).unwrap().trim(), format!("https://{host}"));
     let mut exec = Command::new(up.wrenn().get_program());

@@ -33,7 +33,7 @@ use hyper::upgrade::OnUpgrade;
 pub use dial::{Io, Target};
 pub use lane::{Lane, aside, back, threads_aside};
 use pool::Pool;
-pub use serve::{Listener, Peer, Secure, serve};
+pub use serve::{Accepted, Listener, Peer, Secure, serve};
 pub use tls::Tls;
 pub use upgrade::Tunnel;
 

@@ -10,7 +10,7 @@ use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -44,30 +44,50 @@ const BREATH: Duration = Duration::from_secs(1);
 pub struct Peer(pub IpAddr);
 
 /// In the extensions of a request that came by TLS.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Secure;
+#[derive(Debug, Clone, Default)]
+pub struct Secure(Arc<OnceLock<String>>);
+
+impl Secure {
+    /// The name of whom the client wanted to speak to, in lower case, if it gave one (SNI).
+    pub fn name(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
+    }
+
+    /// Says the name, which is known only once there has been a handshake.
+    pub(crate) fn wants(&self, name: &str) {
+        let _ = self.0.set(name.to_owned());
+    }
+}
+
+/// A connection that was taken.
+pub struct Accepted {
+    pub stream: Box<dyn Io>,
+    /// Who is at its other end.
+    pub peer: Option<Peer>,
+    /// There if nobody on the way can read it.
+    pub secure: Option<Secure>,
+}
 
 /// Where connections come from.
 pub trait Listener: Send {
-    /// Whether nobody on the way can read them.
-    const IS_SECURE: bool = false;
-
-    /// The next connection, and who is at its other end.
-    fn accept(&mut self) -> impl Future<Output = io::Result<(Box<dyn Io>, Option<Peer>)>> + Send;
+    /// The next connection.
+    fn accept(&mut self) -> impl Future<Output = io::Result<Accepted>> + Send;
 }
 
 impl Listener for TcpListener {
-    async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
+    async fn accept(&mut self) -> io::Result<Accepted> {
         let (stream, peer) = TcpListener::accept(self).await?;
         // Answers are written whole; waiting to fill a segment would only delay them. A socket that refuses is closed anyway.
         let _ = stream.set_nodelay(true).and_then(|()| keep_alive(&stream));
-        Ok((Box::new(Roaming::new(stream)), Some(Peer(peer.ip().to_canonical()))))
+        let peer = Some(Peer(peer.ip().to_canonical()));
+        Ok(Accepted { stream: Box::new(Roaming::new(stream)), peer, secure: None })
     }
 }
 
 impl Listener for UnixListener {
-    async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
-        Ok((Box::new(Roaming::new(UnixListener::accept(self).await?.0)), None))
+    async fn accept(&mut self) -> io::Result<Accepted> {
+        let (stream, _) = UnixListener::accept(self).await?;
+        Ok(Accepted { stream: Box::new(Roaming::new(stream)), peer: None, secure: None })
     }
 }
 
@@ -89,9 +109,9 @@ where
             // One that panicked has said so where it did.
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
+                Ok(Accepted { stream, peer, secure }) => {
                     let lane = Lane::new(&aside);
-                    let known = Known { peer, is_secure: L::IS_SECURE, lane: lane.clone() };
+                    let known = Known { peer, secure, lane: lane.clone() };
                     let serving = connection(stream, known, service.clone(), stopped.clone());
                     connections.spawn(lane.drive(Box::pin(serving)));
                 }
@@ -109,7 +129,7 @@ where
 /// What every request of a connection is told of it.
 struct Known {
     peer: Option<Peer>,
-    is_secure: bool,
+    secure: Option<Secure>,
     lane: Lane,
 }
 
@@ -118,8 +138,8 @@ impl Known {
         if let Some(peer) = self.peer {
             extensions.insert(peer);
         }
-        if self.is_secure {
-            extensions.insert(Secure);
+        if let Some(secure) = &self.secure {
+            extensions.insert(secure.clone());
         }
         extensions.insert(self.lane.clone());
     }

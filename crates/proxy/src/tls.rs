@@ -11,7 +11,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_rustls::{Accept, TlsAcceptor};
 
 use crate::dial::Io;
-use crate::serve::{Listener, Peer};
+use crate::serve::{Accepted, Listener, Secure};
 
 /// A listener whose connections speak TLS first. HTTP/1.1 is what is spoken then: in HTTP/2 a browser would put its terminal and
 /// a busy port, which have hosts of the same certificate, onto one connection.
@@ -29,16 +29,16 @@ impl<L> Tls<L> {
 }
 
 impl<L: Listener> Listener for Tls<L> {
-    const IS_SECURE: bool = true;
-
-    async fn accept(&mut self) -> io::Result<(Box<dyn Io>, Option<Peer>)> {
-        let (stream, peer) = self.listener.accept().await?;
-        Ok((Box::new(Stream::Begins(self.acceptor.accept(stream).into())), peer))
+    async fn accept(&mut self) -> io::Result<Accepted> {
+        let Accepted { stream, peer, .. } = self.listener.accept().await?;
+        let secure = Secure::default();
+        let stream = Box::new(Stream::Begins(self.acceptor.accept(stream).into(), secure.clone()));
+        Ok(Accepted { stream, peer, secure: Some(secure) })
     }
 }
 
 enum Stream {
-    Begins(Box<Accept<Box<dyn Io>>>),
+    Begins(Box<Accept<Box<dyn Io>>>, Secure),
     Stands(Box<Standing>),
     /// The handshake failed, and may not be asked again.
     Failed,
@@ -49,14 +49,17 @@ type Standing = TlsStream<Box<dyn Io>>;
 impl Stream {
     /// The stream behind the handshake, once that is done.
     fn standing(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Pin<&mut Standing>>> {
-        if let Self::Begins(handshake) = self {
+        if let Self::Begins(handshake, secure) = self {
             let shaken = ready!(Pin::new(handshake.as_mut()).poll(cx));
+            if let Some(name) = shaken.as_ref().ok().and_then(|stream| stream.get_ref().1.server_name()) {
+                secure.wants(name);
+            }
             *self = Self::Failed;
             *self = Self::Stands(shaken?.into());
         }
         match self {
             Self::Stands(stream) => Poll::Ready(Ok(Pin::new(stream.as_mut()))),
-            Self::Begins(_) | Self::Failed => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            Self::Begins(..) | Self::Failed => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
 }
@@ -80,7 +83,7 @@ impl AsyncWrite for Stream {
         match &mut *self {
             Self::Stands(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
             // Nothing was said that would have to be ended.
-            Self::Begins(_) | Self::Failed => Poll::Ready(Ok(())),
+            Self::Begins(..) | Self::Failed => Poll::Ready(Ok(())),
         }
     }
 

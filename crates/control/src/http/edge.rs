@@ -17,6 +17,7 @@ use api::{CapsuleId, ErrorCode};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use hyper::body::Body as _;
 use proxy::edge::address::Address;
@@ -42,6 +43,12 @@ pub struct Front {
 pub async fn front(State(front): State<Front>, request: Request) -> Response {
     if let Err(problem) = strict::any(&request) {
         return Error::new(ErrorCode::InvalidRequest, problem).into_response();
+    }
+    if strict::is_misdirected(&request) {
+        let problem = "the Host is another than the name that the connection was made to";
+        let answer = Error::new(ErrorCode::InvalidRequest, problem).into_response();
+        // By which a client knows to make another connection.
+        return (StatusCode::MISDIRECTED_REQUEST, answer).into_response();
     }
     match Address::of(&request) {
         None => {

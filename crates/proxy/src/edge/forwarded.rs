@@ -74,7 +74,7 @@ mod tests {
         let mut request = request.body(()).unwrap();
         request.extensions_mut().insert(Peer(peer.parse().unwrap()));
         if is_secure {
-            request.extensions_mut().insert(Secure);
+            request.extensions_mut().insert(Secure::default());
         }
         say(&mut request);
         let mut said: Vec<_> = request

@@ -4,7 +4,10 @@
 //! by it.
 
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::uri::Authority;
 use http::{Method, Request, Version};
+
+use crate::Secure;
 
 /// What is refused of everyone.
 pub fn any<B>(request: &Request<B>) -> Result<(), &'static str> {
@@ -25,6 +28,14 @@ pub fn any<B>(request: &Request<B>) -> Result<(), &'static str> {
         (Some(_), None) => Err("there is no Host"),
         _ => Ok(()),
     }
+}
+
+/// Whether a request is for another host than its connection was made to by name (SNI). One that is cannot have gone astray by
+/// itself, and whoever watches names must not be shown one for another. Of a client that gave no name none is asked.
+pub fn is_misdirected<B>(request: &Request<B>) -> bool {
+    let Some(name) = request.extensions().get::<Secure>().and_then(Secure::name) else { return false };
+    let host = request.headers().get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+    !host.is_some_and(|host| host.host().trim_end_matches('.').eq_ignore_ascii_case(name))
 }
 
 /// What is refused of those who speak to guests.
