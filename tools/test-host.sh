@@ -15,10 +15,35 @@ out=$target/host
 limit=${WRENN_HOST_LIMIT:-2400}
 
 mkdir -p "$cache" "$out"
+work=$(mktemp -d "$out/.work.XXXXXX"); trap 'rm -rf "$work"' EXIT
+
+# What is tested, at the paths where it was built, without the symbols that make it large.
+host=$work/host
+mkdir -p "$host/bin"
+printf '%s\n%s\n' "$root" "$target" >"$host/places"
+tests=(agent::it disk::it end-to-end::{cli,hostile,lifecycle,ports,proxy,pty,recovery} firecracker-qemu::conformance network vmm::it)
+read -ra scope <<<"${WRENN_HOST_SCOPE:---workspace}"
+# What was built is named as a whole, so that nothing is built anew for being asked for alone.
+cargo nextest list "${scope[@]}" --list-type binaries-only --message-format json |
+  jq '."rust-binaries" |= with_entries(select(.key | IN($ARGS.positional[])))' --args "${tests[@]}" >"$host/binaries-metadata.json"
+# Of this platform only: what others need may never have been fetched.
+cargo metadata --format-version 1 --offline --filter-platform "$(rustc -vV | sed -n "s/^host: //p")" >"$host/cargo-metadata.json"
+(cd "$root" && git ls-files -z | grep -zv '^tests/sdk/' | xargs -0 cp --parents -t "$(mkdir -p "$host$root"; echo "$host$root")")
+{
+  jq -r '."rust-binaries"[]."binary-path"' "$host/binaries-metadata.json"
+  printf '%s\n' "$target/debug/wrenn" "$target/debug/firecracker-qemu"
+} | while read -r program; do
+  mkdir -p "$host$(dirname "$program")"
+  strip --strip-debug -o "$host$program" "$program"
+done
+# Unchanged, as its bytes name the template.
+cp "$target/envd" "$host$target/debug/"
+mkdir -p "$host$target/tmp"
+cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
+
 exec 9>"$cache/.lock"; flock 9   # two emulated hosts at once would only wait for each other
 firecracker=$("$here/fetch.sh" "$cache" | tail -n 1)
 base=$("$here/root.sh" "$cache" | tail -n 1)
-work=$(mktemp -d "$out/.work.XXXXXX"); trap 'rm -rf "$work"' EXIT
 
 # Kernel and template, once for all runs with the same ones.
 kernel=$(jq -r .kernel "$images/images.json") template=$(jq -r .templates.minimal "$images/images.json")
@@ -38,28 +63,6 @@ if [ ! -e "$disk" ]; then
   mv "$work/images.ext4" "$disk"
 fi
 
-# What is tested, at the paths where it was built, without the symbols that make it large.
-host=$work/host
-mkdir -p "$host/bin"
-printf '%s\n%s\n' "$root" "$target" >"$host/places"
-tests=(agent::it disk::it end-to-end::{cli,hostile,lifecycle,ports,proxy,pty,recovery} firecracker-qemu::conformance network vmm::it)
-read -ra scope <<<"${WRENN_HOST_SCOPE:---workspace}"
-# What was built is named as a whole, so that nothing is built anew for being asked for alone.
-cargo nextest list "${scope[@]}" --list-type binaries-only --message-format json |
-  jq '."rust-binaries" |= with_entries(select(.key | IN($ARGS.positional[])))' --args "${tests[@]}" >"$host/binaries-metadata.json"
-cargo metadata --format-version 1 --offline >"$host/cargo-metadata.json"
-(cd "$root" && git ls-files -z | grep -zv '^tests/sdk/' | xargs -0 cp --parents -t "$(mkdir -p "$host$root"; echo "$host$root")")
-{
-  jq -r '."rust-binaries"[]."binary-path"' "$host/binaries-metadata.json"
-  printf '%s\n' "$target/debug/wrenn" "$target/debug/firecracker-qemu"
-} | while read -r program; do
-  mkdir -p "$host$(dirname "$program")"
-  strip --strip-debug -o "$host$program" "$program"
-done
-# Unchanged, as its bytes name the template.
-cp "$target/envd" "$host$target/debug/"
-mkdir -p "$host$target/tmp"
-cp "$target"/tmp/guest-*.cpio "$host$target/tmp/"
 cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"
 # What differs on a real Firecracker is not asked of it, whatever else is.
 known=$(sed '/^#/d; s/ .*//; s/.*/test(=&)/' "$here/differences" | paste -sd'|')
