@@ -69,7 +69,7 @@ cp "$firecracker"/* "$(command -v cargo-nextest)" "$host/bin/"
 # What differs on a real Firecracker is not asked of it, whatever else is.
 known=$(sed '/^#/d; s/ .*//; s/.*/test(=&)/' "$here/differences" | paste -sd'|')
 chosen=${1:-$(sed '/^#/d; s/.*/(&)/' "$here/filter" | paste -sd'|')}
-first='package(agent) | package(disk) | package(network)'
+first='package(agent) | package(disk) | package(network) | binary_id(end-to-end::cli) | binary_id(end-to-end::lifecycle)'
 echo "(($chosen) - ($known)) & ($first)" >"$host/filter-one"
 echo "(($chosen) - ($known)) - ($first)" >"$host/filter-two"
 cp "$here/main.sh" "$host/"
