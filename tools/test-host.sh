@@ -2,9 +2,9 @@
 # Runs tests on a real Firecracker, in an emulated host: test-host.sh [FILTER]
 # QEMU emulates a processor with AMD's virtualisation, Debian's kernel on it has KVM, and Firecracker runs there. FILTER is
 # one of nextest's, in place of tests/host/filter. Expects `make images` and `cargo test --no-run` done; see `make test-host`.
-# There are two such hosts, of one processor each: with several, QEMU 7.2 at times goes on with code that Linux has patched on
-# another (static keys), and stands still for ever. Each has its part of the tests. Results are in TARGET/host: junit-PART.xml,
-# console-PART.log, dmesg-PART and the version of Firecracker. Ends as the suite does.
+# There are two such hosts, of one processor each: one with two stood still in the middle of a run, as both took exceptions
+# without end, it seems at code that Linux had patched on the other. Each has its part of the tests. Results are in TARGET/host:
+# junit-PART.xml, console-PART.log, dmesg-PART and the version of Firecracker. Ends as the suite does.
 # WRENN_HOST_SCOPE is what of the workspace was built, as cargo says it; by default all of it, as `make test` does.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
