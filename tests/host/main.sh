@@ -5,6 +5,7 @@ set -u
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 exec >/dev/ttyS0 2>&1 </dev/null
 results=/run/results
+part=
 
 # Seconds since the machine was turned on.
 now() { cut -d' ' -f1 /proc/uptime; }
@@ -26,6 +27,7 @@ set_up() {
   mkdir -p /scratch/{tmp,cache/images} && chmod 1777 /scratch/tmp && mount --bind /scratch/tmp /tmp &&
   mkdir /run/images && mount -o ro /dev/vdc /run/images && cp /run/images/*.* /scratch/cache/images/ || return
   # The sources and what was built of them are where they were built.
+  part=$(grep -o 'wrenn.part=[a-z]*' /proc/cmdline | cut -d= -f2)
   local directory
   while read -r directory; do
     mkdir -p "$directory" && mount --bind "/host$directory" "$directory" || return
@@ -37,9 +39,9 @@ suite() {
   export WRENN_CACHE=/scratch/cache TMPDIR=/scratch/tmp FIRECRACKER_BIN=/usr/local/bin/firecracker RUST_BACKTRACE=0
   export WRENN_KILLS=1 WRENN_CUTS=4
   cd "$(head -n 1 /host/places)" &&
-  cargo-nextest nextest run --profile host --color never --no-fail-fast --hide-progress-bar \
+  cargo-nextest nextest run --profile host --color never --no-fail-fast --hide-progress-bar --no-tests pass --test-threads 2 \
     --cargo-metadata /host/cargo-metadata.json --binaries-metadata /host/binaries-metadata.json \
-    --workspace-remap . --target-dir-remap "$(tail -n 1 /host/places)" -E "$(cat /host/filter)"
+    --workspace-remap . --target-dir-remap "$(tail -n 1 /host/places)" -E "$(cat "/host/filter-$part")"
 }
 
 if set_up; then

@@ -62,11 +62,11 @@ impl Socket {
         Ok(Self(socket))
     }
 
-    /// Sends all requests in one message. The first that was refused is the error; rtnetlink has done the others
-    /// nevertheless, while nftables does all of a batch or nothing.
+    /// Sends all requests in one message, and nothing where there are none. The first that was refused is the error; rtnetlink
+    /// has done the others nevertheless, while nftables does all of a batch or nothing.
     pub(crate) fn transact(&self, mut requests: Requests) -> Result<(), Error> {
         // What is refused is always answered; when the last was done, so were all before.
-        let last = requests.acknowledge_last();
+        let Some(last) = requests.acknowledge_last() else { return Ok(()) };
         rustix::net::send(&self.0, &requests.bytes, SendFlags::empty())?;
         // The kernel has worked through the requests before `send` returns: what it has to say is waiting.
         let mut answers = vec![0; ANSWER];
@@ -82,15 +82,15 @@ impl Socket {
                 let Some((request, result)) = message.result() else { continue };
                 let Some(sent) = requests.sent.get(request) else { continue };
                 match result {
-                    Ok(()) => done |= Some(request) == last,
+                    Ok(()) => done |= request == last,
                     Err(source) => drop(refused.get_or_insert(Error::Refused { request: sent.label, source })),
                 }
             }
         }
-        match (refused, last) {
-            (Some(error), _) => Err(error),
-            (None, Some(last)) if !done => Err(Error::Unanswered(requests.sent[last].label)),
-            (None, _) => Ok(()),
+        match refused {
+            Some(error) => Err(error),
+            None if !done => Err(Error::Unanswered(requests.sent[last].label)),
+            None => Ok(()),
         }
     }
 
@@ -175,7 +175,8 @@ pub(crate) struct Requests {
 struct Sent {
     /// What it asks for, in words.
     label: &'static str,
-    kind: u16,
+    /// Whether it only begins or ends a batch.
+    is_around: bool,
     /// Where in the bytes it begins.
     start: usize,
 }
@@ -194,7 +195,13 @@ impl Requests {
         let length = (self.bytes.len() - start) as u32;
         self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-        self.sent.push(Sent { label, kind, start });
+        self.sent.push(Sent { label, is_around: false, start });
+    }
+
+    /// Adds what begins or ends a batch, and asks for nothing itself.
+    pub(crate) fn push_around(&mut self, label: &'static str, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
+        self.push(label, kind, 0, write);
+        self.sent.last_mut().expect("one was pushed").is_around = true;
     }
 
     /// The bytes so far.
@@ -202,9 +209,10 @@ impl Requests {
         &self.bytes
     }
 
-    /// Asks for an answer to the last request that gets one, and returns its index.
+    /// Asks for an answer to the last request, and returns its index. What begins and ends a batch is none: kernels before
+    /// Linux 6.10 answer neither.
     fn acknowledge_last(&mut self) -> Option<usize> {
-        let last = self.sent.iter().rposition(|sent| sent.kind != libc::NFNL_MSG_BATCH_END as u16)?;
+        let last = self.sent.iter().rposition(|sent| !sent.is_around)?;
         let at = self.sent[last].start + FLAGS;
         let flags = u16::from_ne_bytes([self.bytes[at], self.bytes[at + 1]]) | libc::NLM_F_ACK as u16;
         self.bytes[at..at + 2].copy_from_slice(&flags.to_ne_bytes());

@@ -58,12 +58,12 @@ impl<'a> Batch<'a> {
     /// `family` is one of `NFPROTO_*`.
     pub(crate) fn new(family: c_int, table: &'a str) -> Self {
         let mut requests = Requests::default();
-        requests.push("begin a transaction", libc::NFNL_MSG_BATCH_BEGIN as u16, 0, batch_header);
+        requests.push_around("begin a transaction", libc::NFNL_MSG_BATCH_BEGIN as u16, batch_header);
         Self { requests, family: family as u8, table, sets: 0, rules: 0 }
     }
 
     pub(crate) fn finish(mut self) -> Requests {
-        self.requests.push("commit a transaction", libc::NFNL_MSG_BATCH_END as u16, 0, batch_header);
+        self.requests.push_around("commit a transaction", libc::NFNL_MSG_BATCH_END as u16, batch_header);
         self.requests
     }
 

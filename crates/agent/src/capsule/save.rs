@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use snapshot::Packed;
 use tracing::{debug, warn};
-use vmm::client::{Client, SnapshotKind};
+use vmm::client::{Client, Feature, SnapshotKind};
 use vmm::process::Scratch;
 
 use super::files;
@@ -111,23 +111,28 @@ pub async fn capture(
         client.pause().await.map_err(Error::Vmm)?;
         save.dump(&client, journal).await?;
         let (disk, clone) = (journal.dir().join(files::DISK), dest.join(files::DISK));
-        host.clone_disk(&disk, &clone).await.map_err(Error::Disk)
+        host.clone_disk(&disk, &clone).await.map_err(Error::Disk)?;
+        Ok(client.version().has(Feature::DiffsOnDiffs))
     };
     let stopped = stopped.await;
     let goes_on = go_on(journal.dir(), running).await;
     debug!(dir = %journal.dir().display(), "goes on");
     let kept = async {
-        stopped?;
+        let is_base = stopped?;
         let packed = save.pack(host, journal, running).await?;
         let saved = save.keep(host, journal, running, packed).await?;
         save.place(host, journal, dest).await?;
         let digest = saved.state.clone();
-        journal.update(|record| save.done(record, Phase::Running, saved)).map_err(Error::Record)?;
-        Ok(digest)
+        let done = |record: &mut Record| match is_base {
+            true => save.done(record, Phase::Running, saved),
+            false => save.undo(record),
+        };
+        journal.update(done).map_err(Error::Record)?;
+        Ok((digest, is_base))
     };
     match kept.await {
-        Ok(digest) if goes_on => {
-            files::tidy(&host.memory, journal.dir(), Some(save.number));
+        Ok((digest, is_base)) if goes_on => {
+            files::tidy(&host.memory, journal.dir(), is_base.then_some(save.number));
             Ok(digest)
         }
         Ok(_) => Err(Failed { error: Error::Dump(io::ErrorKind::BrokenPipe.into()), goes_on }),
@@ -270,7 +275,7 @@ impl Save {
         }
     }
 
-    /// What is recorded when nothing came of it.
+    /// What is recorded when nothing came of it, or nothing that the next one could add to.
     fn undo(&self, record: &mut Record) {
         record.phase = Phase::Running;
         record.base = if self.dumped { Base::Lost } else { self.base.clone() };

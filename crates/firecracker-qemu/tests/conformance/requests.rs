@@ -94,7 +94,10 @@ fn malformed_requests_are_refused() {
     assert_eq!(vm.api.raw("PUT", "/machine-config", "{").status, 400);
     assert_eq!(vm.api.raw("PUT", "/machine-config", "[]").status, 400);
     let endless = format!("{{\"boot_args\": \"{}\"}}", "x".repeat(60_000));
-    assert!([400, 413].contains(&vm.api.raw("PUT", "/boot-source", &endless).status));
+    // Firecracker goes on to refuse the body, piece by piece as a request each. Version 1.12 may end when it is hung up on
+    // meanwhile: by its own filter of system calls, after a signal for the closed socket.
+    let (refused, _stays) = vm.api.raw_and_stay("PUT", "/boot-source", &endless);
+    assert!([400, 413].contains(&refused.status), "{refused:?}");
     assert_eq!(vm.state(), "Not started", "and it is still there");
 }
 

@@ -252,6 +252,20 @@ fn a_restart_keeps_what_runs_and_sweeps_the_rest() {
 }
 
 #[test]
+fn a_restart_that_finds_nothing_to_change_changes_nothing() {
+    on_own_machine(|| {
+        let first = network();
+        first.sweep(&HashSet::new()).unwrap();
+        let kept = inventory();
+        drop(first);
+        let second = network();
+        assert_eq!(second.sweep(&HashSet::new()).unwrap(), []);
+        assert_same(&kept, "the table is taken over");
+        second.close().unwrap();
+    });
+}
+
+#[test]
 fn two_instances_share_a_machine() {
     on_own_machine(|| {
         sh(

@@ -68,6 +68,9 @@ pub enum Feature {
     VsockOverride,
     /// Telling the guest an MTU.
     Mtu,
+    /// Any number of whole diffs. Before, only the first snapshot that a VMM writes has all that came in by the network: a
+    /// later diff lacks what was received into memory that the guest had set aside for it before the last one.
+    DiffsOnDiffs,
 }
 
 impl Feature {
@@ -75,6 +78,7 @@ impl Feature {
     pub const fn since(self) -> Version {
         match self {
             Self::TrackDirtyPagesOnLoad => Version::new(1, 13, 0),
+            Self::DiffsOnDiffs => Version::new(1, 14, 0),
             Self::ClockRealtime | Self::VsockOverride | Self::Mtu => Version::new(1, 16, 0),
         }
     }
@@ -87,6 +91,7 @@ impl fmt::Display for Feature {
             Self::ClockRealtime => "`clock_realtime`",
             Self::VsockOverride => "`vsock_override`",
             Self::Mtu => "`mtu`",
+            Self::DiffsOnDiffs => "a diff on a diff",
         })
     }
 }

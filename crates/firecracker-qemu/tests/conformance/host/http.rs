@@ -34,7 +34,16 @@ impl Api {
 
     /// Sends a request with any bytes for a body.
     pub fn raw(&self, method: &str, path: &str, body: &str) -> Answer {
-        read_answer(&mut self.send(method, path, body).unwrap()).unwrap()
+        self.raw_and_stay(method, path, body).0
+    }
+
+    /// The same, and the connection, on which there may be more answers.
+    pub fn raw_and_stay(&self, method: &str, path: &str, body: &str) -> (Answer, UnixStream) {
+        let sent = self.send(method, path, body);
+        let mut stream = sent.unwrap_or_else(|error| panic!("sending {method} {path}: {error}"));
+        let answer =
+            read_answer(&mut stream).unwrap_or_else(|error| panic!("{method} {path} was not answered: {error}"));
+        (answer, stream)
     }
 
     /// Sends a request whose answer nobody waits for.
