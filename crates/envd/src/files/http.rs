@@ -79,7 +79,7 @@ async fn read(State(files): State<Files>, request: Request) -> Result<Response, 
 
 async fn write(State(files): State<Files>, request: Request) -> Result<Json<Vec<WrittenFile>>, Error> {
     let (request, body) = request.into_parts();
-    let mut incoming = Incoming::new(body, files.idle);
+    let mut incoming = Incoming::new(&request.headers, body, files.idle);
     let written = async {
         let params = Params::of(&request.uri, &request.headers, &files.settings, Operation::Write)?;
         let Files { settings, .. } = files;

@@ -4,6 +4,7 @@ use super::Error;
 use axum::body::{Body, BodyDataStream};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use http::{HeaderMap, header};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -25,17 +26,19 @@ pub(super) struct Incoming {
 
 #[derive(PartialEq)]
 enum State {
-    /// Nothing was asked for; a client may still be waiting to be told to send.
-    Untouched,
+    /// The client waits to be told to send.
+    Asking,
     Open,
     /// Nothing more will come.
     Closed,
 }
 
 impl Incoming {
-    pub fn new(body: Body, idle: Duration) -> Incoming {
+    /// The body behind a head with these headers.
+    pub fn new(headers: &HeaderMap, body: Body, idle: Duration) -> Incoming {
         let silence = Box::pin(tokio::time::sleep(idle));
-        Incoming { body: body.into_data_stream(), idle, silence, waiting: false, state: State::Untouched }
+        let state = if headers.contains_key(header::EXPECT) { State::Asking } else { State::Open };
+        Incoming { body: body.into_data_stream(), idle, silence, waiting: false, state }
     }
 
     /// Reads what is still coming and forgets it, for some time. A client that is cut off while it sends never sees our answer:

@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::time::Duration;
 use tempfile::TempDir;
 
 pub const OCTETS: &str = "Content-Type: application/octet-stream";
@@ -456,6 +457,34 @@ fn several_become_one() {
     }
     assert_eq!(names(root.path()), ["d", "empty", "link", "one", "two"]);
     assert!(std::fs::read(at("one")).unwrap() == one);
+}
+
+#[test]
+fn a_refused_upload_is_answered_once_it_was_sent_and_its_connection_is_good_for_more() {
+    let envd = Envd::start();
+    assert_eq!(call(envd.address, "POST", "/init", &[], br#"{"accessToken":"secret"}"#).status, 204);
+    let mut socket = TcpStream::connect(envd.address).unwrap();
+    let head = "POST /files?path=/x HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n";
+    for _ in 0..2 {
+        write!(socket, "{head}\r\n").unwrap();
+        // Who is still sending would meet a closed connection in place of an answer.
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        assert!(socket.read(&mut [0]).is_err(), "answered before the body was there");
+        socket.set_read_timeout(None).unwrap();
+        socket.write_all(b"x").unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            let mut byte = [0];
+            socket.read_exact(&mut byte).unwrap();
+            answer.extend(byte);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 401 "));
+    }
+    // Who asks before sending is told so at once.
+    write!(socket, "{head}Expect: 100-continue\r\n\r\n").unwrap();
+    let mut status = [0; 13];
+    socket.read_exact(&mut status).unwrap();
+    assert_eq!(&status, b"HTTP/1.1 401 ");
 }
 
 #[test]
