@@ -54,7 +54,7 @@ test-host: images
 
 ## The table of docs/vmm.md, from what `make test` and `make test-host` found last.
 vmm-table:
-	tools/vmm-table.py docs/vmm.md tests/host/differences "firecracker-qemu=$$(ls -t $(TARGET)/nextest/{ci,default}/junit.xml 2>/dev/null | head -n 1)" \
+	tools/vmm-table.py docs/vmm.md tests/host/differences "firecracker-qemu=$$(ls -t target/nextest/{ci,default}/junit.xml 2>/dev/null | head -n 1)" \
 	  "$$(cat $(TARGET)/host/version)=$$(ls $(TARGET)/host/junit-*.xml | paste -sd,)"
 
 ## Formatting, warnings, licences and dependency policy.

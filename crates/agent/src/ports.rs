@@ -1,7 +1,7 @@
 //! What users' programs listen on in a guest, through the same gate as all its traffic ([`guest::admit`]).
 //!
-//! Requests come and go undecoded, on threads of their own ([`proxy::aside`]), so that a terminal waits for none of them. Envd's own port is among them for clients that have its token, and only for what those may
-//! ask: what steers the guest is the host's.
+//! Requests come and go undecoded, on threads of their own ([`proxy::aside`]), so that a terminal waits for none of them. Envd's
+//! own port is among them for clients that have its token, and only for what those may ask: what steers the guest is the host's.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
