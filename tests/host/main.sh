@@ -48,7 +48,7 @@ if set_up; then
   echo "emulated host: ready after $(now) s"
   suite; status=$?
   echo "emulated host: done after $(now) s"
-  cp "$(tail -n 1 /host/places)/nextest/host/junit.xml" "$results/" 2>/dev/null
+  cp "$(head -n 1 /host/places)/target/nextest/host/junit.xml" "$results/" 2>/dev/null
 else
   echo "emulated host: it could not be set up"; status=99
 fi
