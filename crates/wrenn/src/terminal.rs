@@ -144,7 +144,7 @@ impl Drop for Progress {
     }
 }
 
-/// Ctrl-C and SIGTERM, which end this process no more while this exists: to be made before anybody is told that there is
+/// Ctrl-C and SIGTERM, which end this process no more once this was made: that has to be before anybody is told that there is
 /// something to interrupt.
 pub struct Interrupts {
     interrupt: Signal,
