@@ -10,7 +10,7 @@ STATIC := x86_64-unknown-linux-gnu
 ENVD := $(TARGET)/envd
 export WRENN_CACHE := $(CACHE)
 
-.PHONY: build images demo test test-host vmm-table lint dev setup envd
+.PHONY: build images demo test test-host vmm-table lint dev setup envd nextest
 .SILENT:
 
 ## Debian packages that building and running need.
@@ -35,9 +35,13 @@ images: envd
 demo: build
 	tools/demo.sh $(TARGET)/release/wrenn
 
+# What runs the tests.
+nextest:
+	command -v cargo-nextest >/dev/null || cargo install -q --locked cargo-nextest
+
 ## Everything, against real parts. NAME=... runs the tests whose names contain it.
-test: images
-	tools/setup.sh chromium
+test: images nextest
+	tools/setup.sh chromium openssh-client postgresql python3 python3-venv
 	cargo build --workspace --bins --lib
 	cargo nextest run --workspace --no-run
 # After everything that builds, which puts its own there.
@@ -45,7 +49,7 @@ test: images
 	cargo nextest run --workspace --no-fail-fast $(NAME)
 
 ## What a VMM must do and what the agent does with it, on a real Firecracker in an emulated host. NAME=... as above.
-test-host: images
+test-host: images nextest
 	tools/setup.sh binutils busybox-static cpio kmod python3 python3-venv
 	cargo build --workspace --bins --lib
 # Under a profile of its own, which leaves the results of `make test` alone.

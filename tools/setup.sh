@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
-# Installs the Debian packages and cargo tools that building, running and testing need, and the packages that are named
-# besides; nothing when all are there.
+# Installs the Debian packages that building and running need, and those that are named besides; nothing when all are there.
 set -euo pipefail
 packages=(
   gcc libc6-dev make pkg-config  # linking
   qemu-system-x86                # firecracker-qemu, where there is no KVM
   xfsprogs e2fsprogs mmdebstrap  # disks and images
   iproute2 nftables curl jq      # oracles of the tests, and the demo
-  openssh-client                 # what makes a fork's host keys, in a test
-  postgresql                     # a throw-away cluster for the tests
   "$@"
 )
 missing=(); for p in "${packages[@]}"; do dpkg-query -Wf '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p"); done
@@ -22,4 +19,3 @@ if [ ${#missing[@]} -gt 0 ]; then
   # Nor do servers start that are only measured beside ours.
   RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}" >/dev/null
 fi
-command -v cargo-nextest >/dev/null || cargo install -q --locked cargo-nextest

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -106,6 +107,17 @@ impl Up {
     pub fn capsules(&self) -> PathBuf {
         let volume = self.dir().join("volume/capsules");
         if volume.exists() { volume } else { self.dir().join("capsules") }
+    }
+
+    /// Waits until the default template has its boot snapshot and nothing is left of what made it: until then there is a
+    /// guest that nobody asked for.
+    pub async fn has_booted(&self) {
+        let root = self.capsules().parent().expect("it is in the data directory").to_owned();
+        let entries = |name: &str| std::fs::read_dir(root.join(name)).into_iter().flatten().flatten();
+        let is_whole = || entries("boots").any(|entry| entry.path().join("working-set").exists());
+        while !is_whole() || entries("passing").next().is_some() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// How many capsules have a directory.

@@ -63,6 +63,7 @@ async fn two_hundred_capsules_leave_the_machine_as_it_was() {
     let mut up = Up::start();
     // What the agent itself holds is there after its first capsule.
     up.destroy(&up.create().await).await;
+    up.has_booted().await;
     let idle = Machine::at_rest().await;
     let up_ref = &up;
     stream::iter(0..MANY)

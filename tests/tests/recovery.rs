@@ -33,8 +33,9 @@ async fn an_agent_killed_in_the_middle_of_a_create_leaves_nothing() {
     let before = Machine::now();
     let mut up = Up::start();
     up.destroy(&up.create().await).await;
+    up.has_booted().await;
     let idle = Machine::at_rest().await;
-    // A create takes one to two seconds here: the kills fall before, between and after all its steps.
+    // A create from a boot snapshot takes half a second here: the kills fall before, between and after all its steps.
     for millis in [0, 3, 6, 10, 15, 20, 30, 45, 70, 110, 200, 400, 700, 1000, 1300] {
         let create = {
             let (url, key) = (format!("{}/v1/capsules", up.url()), up.api_key().to_owned());

@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use api::CapsuleId;
 use api::egress::Policy;
@@ -26,6 +27,9 @@ use crate::host::{Config, Host, Sizes};
 use crate::point::{self, Meta, Point};
 use crate::random_token;
 
+/// What a kernel puts off until after a boot takes so long: ext4 looks at its groups within 5 s, IPv6 wants its addresses, a
+/// clock is measured. Otherwise all who begin there would do it again, beside their first command.
+const SETTLING: Duration = Duration::from_secs(6);
 /// How many there are at most. Each takes the disk and memory that a booted guest has written.
 const MOST: usize = 16;
 
@@ -218,7 +222,11 @@ async fn end(host: &Host, journal: &Journal) {
 }
 
 async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(String, Arc<Point>), Error> {
-    let running = start::start(host, journal, Origin::Image, &host.boots.stop).await?;
+    let stop = &host.boots.stop;
+    let running = start::start(host, journal, Origin::Image, stop).await?;
+    running.guest.warm_up().await;
+    let settled = stop.run_until_cancelled(tokio::time::sleep(SETTLING)).await;
+    settled.ok_or(start::Error::Cancelled)?;
     let spec = &journal.record().spec;
     let image = host.images.get(&spec.image).expect("it was booted");
     let name = host.boots.name(image, spec.sizes()).expect("none are made where none are wanted");
@@ -238,6 +246,7 @@ async fn capture(host: &Arc<Host>, journal: &mut Journal) -> Result<(String, Arc
 
 async fn rehearse(host: &Arc<Host>, journal: &mut Journal, point: &Point) -> Result<(), start::Error> {
     let running = start::start(host, journal, Origin::Rehearsal(point), &host.boots.stop).await?;
+    running.guest.warm_up().await;
     if let Some(pager) = &running.pager
         && let Err(error) = pager.terminate().await
     {

@@ -147,6 +147,11 @@ impl Guest {
         }
     }
 
+    /// Has in memory what users' first commands need.
+    pub async fn warm_up(&self) {
+        self.order("/snapshot/warm-up").await;
+    }
+
     /// Lets users' processes go on that [`prepare`](Self::prepare) has stopped.
     pub async fn unfreeze(&self) {
         self.order("/unfreeze").await;

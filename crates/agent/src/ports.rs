@@ -193,6 +193,7 @@ mod tests {
             "/freeze",
             "/unfreeze",
             "/snapshot/prepare",
+            "/snapshot/warm-up",
             "/",
             "/health/",
             "/files/../init",

@@ -8,7 +8,7 @@
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -108,7 +108,8 @@ impl Cgroups {
     /// Stops all users' processes where they are, or lets them go on.
     pub fn freeze(&self, frozen: bool) -> io::Result<()> {
         let Some(work) = &self.work else { return Ok(()) };
-        std::fs::write(work.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+        let mut file = std::fs::File::options().write(true).open(work.join("cgroup.freeze"))?;
+        file.write_all(if frozen { b"1" } else { b"0" })
     }
 
     /// Whether all of them have stopped.

@@ -1,4 +1,4 @@
-//! The routes that only the agent calls: `/init`, `/snapshot/prepare` and the freeze family. Like all but a few they need the
+//! The routes that only the agent calls: `/init`, those of a snapshot and the freeze family. Like all but a few they need the
 //! token ([`crate::http`]); `/init`, which sets it, has rules of its own ([`guest_api::Init`]).
 //!
 //! What touches the machine rather than envd is refused (501) where envd is not init.
@@ -32,6 +32,7 @@ pub fn routes() -> Router<Context> {
     Router::new()
         .route(INIT, post(init))
         .route("/snapshot/prepare", post(prepare))
+        .route("/snapshot/warm-up", post(warm_up))
         .route("/freeze", post(freeze_processes))
         .route("/unfreeze", post(unfreeze_processes))
         .route("/fsfreeze", post(|State(context): State<Context>| file_system(context, true)))
@@ -89,9 +90,7 @@ async fn restore(context: &Context, caller: SocketAddr, mut init: Init) -> Respo
     // A file system that was frozen first: what follows writes to it. Processes last: until then they would be twins.
     let reaper = Arc::clone(&context.reaper);
     let renewed = tokio::task::spawn_blocking(move || {
-        if let Err(failure) = freeze::file_system(false) {
-            tracing::debug!(error = %failure, "the file system was not frozen");
-        }
+        freeze::thaw_file_system().map_err(snapshot::Error::Thaw)?;
         plan.carry_out(host_time, caller, &reaper)
     });
     let restored = match renewed.await {
@@ -108,7 +107,7 @@ async fn restore(context: &Context, caller: SocketAddr, mut init: Init) -> Respo
         tokio::spawn(async move { mmds.learn(&settings).await });
         context.mmds.wait(NAME).await;
     }
-    if let Err(failure) = freeze::thaw_all(&context.cgroups) {
+    if let Err(failure) = context.cgroups.freeze(false) {
         return failed("cannot thaw", &failure);
     }
     no_store((StatusCode::OK, version(), Json(restored)))
@@ -143,6 +142,14 @@ async fn prepare() -> Response {
 #[serde(rename_all = "camelCase")]
 struct Freeze {
     max_wait_ms: Option<u64>,
+}
+
+async fn warm_up(State(context): State<Context>) -> Response {
+    if !context.is_init {
+        return not_init();
+    }
+    snapshot::first_command(&context.reaper).await;
+    no_store(StatusCode::NO_CONTENT)
 }
 
 async fn freeze_processes(State(context): State<Context>, query: Result<Query<Freeze>, QueryRejection>) -> Response {

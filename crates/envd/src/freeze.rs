@@ -3,6 +3,7 @@
 //! Whatever was frozen is thawed by [`thaw_all`], which every `/init` calls, so nothing stays frozen by accident.
 
 use crate::cgroup::Cgroups;
+use crate::maps::{Mapping, mappings};
 use crate::sys;
 use std::fs::File;
 use std::io;
@@ -32,20 +33,24 @@ pub fn file_system(frozen: bool) -> io::Result<()> {
     if frozen { sys::freeze::freeze(root) } else { sys::freeze::thaw(root) }
 }
 
-/// Undoes both. A file system that cannot be frozen is not.
+/// Undoes both.
 pub fn thaw_all(cgroups: &Cgroups) -> io::Result<()> {
-    match file_system(false) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {}
-        other => other?,
-    }
+    thaw_file_system()?;
     cgroups.freeze(false)
+}
+
+/// Lets changes pass again, if they did not. A file system that cannot be frozen is not. Blocks.
+pub fn thaw_file_system() -> io::Result<()> {
+    match file_system(false) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => Ok(()),
+        other => other,
+    }
 }
 
 /// Puts envd's own memory into large pages, so that a restore faults it in with few. Advice, and taken where it can be.
 pub fn collapse() -> io::Result<()> {
     const LARGE_PAGE: usize = 2 << 20;
-    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
-        let Some((start, end)) = private_memory(line) else { continue };
+    for Mapping { start, end, .. } in mappings()?.into_iter().filter(|mapping| mapping.is_own) {
         if end - start >= LARGE_PAGE
             && let Err(error) = sys::freeze::collapse(start, end)
         {
@@ -53,36 +58,4 @@ pub fn collapse() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The bounds of a writable mapping of no file.
-fn private_memory(line: &str) -> Option<(usize, usize)> {
-    let mut fields = line.split_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
-    let writable = fields.next()?.starts_with("rw-p");
-    let name = fields.nth(3);
-    let ours = writable && name.is_none_or(|name| name == "[heap]");
-    let number = |text| usize::from_str_radix(text, 16).ok();
-    ours.then_some((number(start)?, number(end)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_memory_of_our_own_is_collapsed() {
-        assert_eq!(private_memory("1000-2000 rw-p 00000000 00:00 0 "), Some((0x1000, 0x2000)));
-        assert_eq!(private_memory("1000-2000 rw-p 00000000 00:00 0    [heap]"), Some((0x1000, 0x2000)));
-        for other in [
-            "1000-2000 r--p 00000000 00:00 0",
-            "1000-2000 rw-p 00000000 00:00 0 [stack]",
-            "1-2 rw-p 0 08:01 9 /x",
-            "",
-            "x",
-        ] {
-            assert_eq!(private_memory(other), None, "{other}");
-        }
-        collapse().unwrap();
-    }
 }

@@ -87,8 +87,12 @@ fn serve(port: u16, cgroups: Cgroups, is_init: bool, metadata: bool) -> Result<(
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(listen)?;
     listener.set_nonblocking(true).map_err(listen)?;
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
-    runtime.map_err(Error::Runtime)?.block_on(async {
+    let mut runtime = match workers {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.worker_threads(workers).enable_all().build().map_err(Error::Runtime)?;
+    runtime.block_on(async {
         let reaper = Arc::new(Reaper::default());
         let settings = Arc::new(Settings::default());
         let cgroups = Arc::new(cgroups);

@@ -3,6 +3,7 @@
 //! Asked in the background from the start of init, and again after a restore; one answer ends the asking. Nothing waits for
 //! it but the first `/init`, and that not for long: a guest without the service is a guest without a name.
 
+use crate::rewrite::rewrite;
 use crate::settings::Settings;
 use guest_api::Metadata;
 use std::collections::BTreeMap;
@@ -105,11 +106,14 @@ impl Mmds {
 
 /// Puts what is known where processes find it.
 fn tell(settings: &Settings, metadata: &Metadata) {
-    let variables = variables(true, metadata);
-    if let Err(error) = write_files(Path::new(DIRECTORY), &variables) {
+    let told = variables(true, metadata);
+    let before = settings.identify(told.clone());
+    let directory = Path::new(DIRECTORY);
+    // Who runs as root may have removed what was there.
+    let written = write_files(directory, &before, &told).or_else(|_| write_files(directory, &BTreeMap::new(), &told));
+    if let Err(error) = written {
         tracing::warn!(%error, "cannot write what the metadata says below {DIRECTORY}");
     }
-    settings.identify(variables);
 }
 
 /// Both names of each: ours and the one E2B's users know.
@@ -126,12 +130,20 @@ fn variables(in_capsule: bool, metadata: &Metadata) -> BTreeMap<String, String> 
     variables
 }
 
-fn write_files(directory: &Path, variables: &BTreeMap<String, String>) -> io::Result<()> {
-    std::fs::create_dir_all(directory)?;
+/// A file for each variable that is not what it was.
+fn write_files(
+    directory: &Path,
+    before: &BTreeMap<String, String>,
+    variables: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    if before.is_empty() {
+        std::fs::create_dir_all(directory)?;
+    }
     for name in ["WRENN_SANDBOX", "WRENN_SANDBOX_ID", "WRENN_TEMPLATE_ID"] {
         let path = directory.join(format!(".{name}"));
         match variables.get(name) {
-            Some(value) => std::fs::write(path, value)?,
+            value if value == before.get(name) => {}
+            Some(value) => rewrite(&path, value)?,
             // What a twin was told is not true of this guest.
             None => match std::fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -221,10 +233,14 @@ mod tests {
         assert_eq!(variables(false, &Metadata::default())["WRENN_SANDBOX"], "false");
         let directory = tempfile::tempdir().unwrap();
         let below = directory.path().join("wrenn");
-        write_files(&below, &all).unwrap();
+        write_files(&below, &BTreeMap::new(), &all).unwrap();
         assert_eq!(std::fs::read_to_string(below.join(".WRENN_SANDBOX_ID")).unwrap(), "cl-1");
         assert_eq!(std::fs::read_dir(&below).unwrap().count(), 3);
-        write_files(&below, &variables(true, &Metadata::default())).unwrap();
+        let other = variables(true, &Metadata { instance_id: "i".to_owned(), ..metadata });
+        write_files(&below, &all, &other).unwrap();
+        assert_eq!(std::fs::read_to_string(below.join(".WRENN_SANDBOX_ID")).unwrap(), "i");
+        assert_eq!(std::fs::read_to_string(below.join(".WRENN_TEMPLATE_ID")).unwrap(), "t");
+        write_files(&below, &other, &variables(true, &Metadata::default())).unwrap();
         assert_eq!(std::fs::read_dir(&below).unwrap().count(), 1, "only that it is a capsule is known");
     }
 

@@ -56,9 +56,9 @@ impl Settings {
         defaults
     }
 
-    /// Replaces what every process is told about where it is.
-    pub fn identify(&self, identity: BTreeMap<String, String>) {
-        self.write().identity = identity;
+    /// Replaces what every process is told about where it is, and returns what it was told before.
+    pub fn identify(&self, identity: BTreeMap<String, String>) -> BTreeMap<String, String> {
+        std::mem::replace(&mut self.write().identity, identity)
     }
 
     pub fn has_token(&self) -> bool {

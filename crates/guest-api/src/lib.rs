@@ -43,7 +43,8 @@ pub struct Health {
 /// # Pausing and restoring
 ///
 /// 1. Before a pause, `POST /snapshot/prepare` writes all file systems; 204 when that is done. Nothing is stopped by it,
-///    so a pause that is given up needs no undoing.
+///    so a pause that is given up needs no undoing. Where strangers will begin, `POST /snapshot/warm-up` comes before: a
+///    login shell runs once, so that what their first command needs is in memory; 204 after that.
 /// 2. `POST /freeze` may follow: then no process of a user runs between the restore and the end of step 4, and none sees
 ///    its twin's randomness or an old clock. A pause that is given up then needs `POST /unfreeze`, as does the parent of a
 ///    fork, which goes on without a restore.

@@ -87,12 +87,21 @@ impl Objects {
         let failed = Error::file("read", &name);
         let size = file.metadata().map_err(&failed)?.len();
         let before = before.and_then(|manifest| manifest.file(&name)).filter(|entry| entry.size == size);
+        let (base_size, base_holes) = match &base {
+            Some(base) => {
+                let size = base.metadata().map_err(&failed)?.len();
+                (size, holes(base, size).map_err(&failed)?)
+            }
+            None => (0, HashSet::new()),
+        };
         let holes = holes(&file, size).map_err(&failed)?;
         let (file, base) = (Arc::new(file), base.map(Arc::new));
         let mut entry = Entry { name: name.clone(), size, chunks: Vec::new() };
         let count = usize::try_from(size.div_ceil(CHUNK)).map_err(|_| Error::Changed(name.clone()))?;
         let chunks = (0..count).map(|index| {
-            let (file, base, range, is_hole) = (file.clone(), base.clone(), entry.range(index), holes.contains(&index));
+            let (file, base, range) = (file.clone(), base.clone(), entry.range(index));
+            let is_hole = holes.contains(&index);
+            let is_hole_below = base_holes.contains(&index) && range.end <= base_size;
             let before = before.map(|entry| entry.chunks[index]);
             let name = &name;
             async move {
@@ -101,8 +110,12 @@ impl Objects {
                     Some(Chunk::Stored(hash)) if self.is_there(hash, known).await? => return Ok(Chunk::Stored(hash)),
                     Some(Chunk::Stored(_) | Chunk::Base) | None => {}
                 }
-                if is_hole && base.is_none() {
+                // What nobody has written is not read: of most disks that is nearly all.
+                if is_hole && range.start >= base_size {
                     return Ok(Chunk::Zero);
+                }
+                if is_hole && is_hole_below {
+                    return Ok(Chunk::Base);
                 }
                 let read = move || classify(&file, base.as_deref(), range.start, (range.end - range.start) as usize);
                 let (chunk, content) = blocking(read).await.map_err(Error::file("read", name))?;

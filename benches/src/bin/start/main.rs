@@ -5,8 +5,8 @@
 //! after one round of each that is not counted. The peer's command line is taken from our own running VMM, so that what
 //! is compared cannot drift apart; `bare.rs` says what is left out of it.
 //!
-//! Then what a snapshot saves: the same agent's cold boot, a resume and a create from a snapshot, each from the request to the
-//! answer of a command in the guest.
+//! Then what a snapshot saves: that agent's cold boot, and another's create from its boot snapshot and resume, each from the
+//! request to the answer of a command in the guest.
 //!
 //! Needs root and `make build images`. Leaves nothing on the machine.
 
@@ -20,9 +20,10 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
+use tracing_subscriber::layer::SubscriberExt;
 
 use bare::{Bare, Netns};
-use ours::Ours;
+use ours::{Clock, Ours};
 use table::Figures;
 
 /// Guest memory of both sides, MiB; one virtual processor each.
@@ -41,8 +42,6 @@ struct Args {
 
 /// What is booted.
 const IMAGE: &str = "minimal";
-/// What a capsule that was booted from it became.
-const SNAPSHOT: &str = "booted";
 
 /// The last step of what ends with a command in the guest.
 const COMMAND: &str = "command answered";
@@ -65,11 +64,19 @@ async fn main() -> Result<()> {
             stop.cancel();
         }
     });
-    let ours = Ours::open().await?;
-    let figures = measure(&ours, args.rounds, &stop).await;
-    let vmm = ours.vmm().to_owned();
+    let clock = Clock::default();
+    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(clock.clone()))?;
+    let booting = Ours::open(clock.clone(), false).await?;
+    let figures = match Ours::open(clock, true).await {
+        Ok(resuming) => {
+            let figures = measure(&booting, &resuming, args.rounds, &stop).await;
+            resuming.close().await.and(figures)
+        }
+        Err(error) => Err(error),
+    };
+    let vmm = booting.vmm().to_owned();
     // Also after a failure: the machine is as it was.
-    ours.close().await?;
+    booting.close().await?;
     let figures = figures?;
     let mut out = std::io::stdout();
     if args.json {
@@ -80,13 +87,13 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-async fn measure(ours: &Ours, rounds: u32, stop: &CancellationToken) -> Result<Figures> {
+/// `ours` boots what it creates, `resuming` has it begin from a boot snapshot.
+async fn measure(ours: &Ours, resuming: &Ours, rounds: u32, stop: &CancellationToken) -> Result<Figures> {
     let netns = Netns::create()?;
+    resuming.until_booted(IMAGE).await?;
     let warm_up = ours.create(IMAGE).await?;
     let command = bare::Command::of(ours, &warm_up.id).await;
-    ours.snapshot(&warm_up.id, SNAPSHOT).await?;
     ours.destroy(&warm_up.id).await?;
-    ours.create_and_run(SNAPSHOT).await?;
     let bare = Bare { command: command?, disk: ours.root().join("bare.ext4"), netns };
     bare.start(stop).await?;
     let mut figures = Figures::default();
@@ -99,7 +106,7 @@ async fn measure(ours: &Ours, rounds: u32, stop: &CancellationToken) -> Result<F
         figures.ours.push(started.steps);
         figures.bare.push(bare.start(stop).await?);
         figures.boot.push(ours.create_and_run(IMAGE).await?.0);
-        let (created, resumed) = ours.create_and_run(SNAPSHOT).await?;
+        let (created, resumed) = resuming.create_and_run(IMAGE).await?;
         figures.from_snapshot.push(created);
         figures.resume.push(resumed);
     }

@@ -3,12 +3,12 @@
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use agent::{Agent, Config};
+use agent::{Agent, Config, Sizes};
 use agent_api::{
     CapsuleSpec, CreateCapsuleRequest, DestroyCapsuleRequest, Endpoint, Lifecycle, PauseCapsuleRequest,
-    ResumeCapsuleRequest, SnapshotCapsuleRequest, Transport,
+    ResumeCapsuleRequest, Transport,
 };
 use anyhow::{Context, Result, bail, ensure};
 use api::CapsuleId;
@@ -21,12 +21,19 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
-use tracing_subscriber::layer::{Context as LayerContext, Layer, SubscriberExt};
+use tracing_subscriber::layer::{Context as LayerContext, Layer};
 
 use super::{COMMAND, MEMORY_MIB, Steps};
 
 /// Where the agent tells the steps of a start.
 const STEPS: &str = "agent::capsule::start";
+
+/// Of all guests here.
+const SIZES: Sizes = Sizes { vcpus: 1, memory_mib: MEMORY_MIB, disk_mib: 5120 };
+/// The step that only a start from a snapshot has.
+const FROM_SNAPSHOT: &str = "snapshot placed";
+/// In which a boot snapshot is taken.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
 /// An agent that serves.
 pub struct Ours {
@@ -50,13 +57,13 @@ pub struct Started {
 }
 
 impl Ours {
-    /// Opens an agent in a directory of its own, with the VMM that `wrenn up` would choose.
-    pub async fn open() -> Result<Self> {
-        let clock = Clock::default();
-        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(clock.clone()))?;
+    /// Opens an agent in a directory of its own, with the VMM that `wrenn up` would choose. With boot snapshots, what is
+    /// created begins from one once it was taken.
+    pub async fn open(clock: Clock, boot_snapshots: bool) -> Result<Self> {
         let dir = TempDir::with_prefix("wrenn-bench-")?;
         let vmm = choose_vmm()?;
-        let config = config(dir.path(), &vmm)?;
+        let mut config = config(dir.path(), &vmm)?;
+        config.boot_snapshots = boot_snapshots.then_some(SIZES);
         let kernel = config.kernel.clone();
         let agent = Agent::open(config).await.context("opening the agent")?;
         let socket = dir.path().join("agent.sock");
@@ -100,11 +107,17 @@ impl Ours {
         Ok((created, resumed))
     }
 
-    /// Makes a snapshot that capsules can begin from.
-    pub async fn snapshot(&self, id: &CapsuleId, name: &str) -> Result<()> {
-        let request = SnapshotCapsuleRequest { id: id.to_string(), name: name.into(), ..Default::default() };
-        self.lifecycle.snapshot_capsule(request).await?;
-        Ok(())
+    /// Waits until what is created begins from a boot snapshot.
+    pub async fn until_booted(&self, image: &str) -> Result<()> {
+        let begun = Instant::now();
+        while begun.elapsed() < BOOT_LIMIT {
+            let Started { id, steps } = self.create(image).await?;
+            self.destroy(&id).await?;
+            if steps.iter().any(|(step, _)| step == FROM_SNAPSHOT) {
+                return Ok(());
+            }
+        }
+        bail!("there is no boot snapshot after {} s", BOOT_LIMIT.as_secs())
     }
 
     /// Runs a command in the guest and waits for its end.
@@ -194,7 +207,6 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
         kernel: file(&manifest["kernel"])?,
         templates: [("minimal".to_owned(), file(&manifest["templates"]["minimal"])?)].into(),
         pager: (std::env::current_exe()?.with_file_name("wrenn"), vec!["pager".into()]),
-        // What is measured here is a boot.
         objects: None,
         boot_snapshots: None,
         egress_allow: Vec::new(),
@@ -208,7 +220,7 @@ fn config(dir: &Path, vmm: &Path) -> Result<Config> {
 
 /// Notes when the agent says that a step of a start is done.
 #[derive(Clone, Default)]
-struct Clock(Arc<Mutex<Vec<(String, Instant)>>>);
+pub struct Clock(Arc<Mutex<Vec<(String, Instant)>>>);
 
 impl Clock {
     fn start(&self) -> Instant {

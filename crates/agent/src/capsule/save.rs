@@ -70,7 +70,7 @@ pub struct Failed {
 /// Saves the capsule and leaves it standing still, recorded as paused: from then on nothing that runs of it is needed.
 pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -> Result<(), Failed> {
     let mut save = Save::begin(journal, Phase::Pausing).map_err(|error| Failed { error, goes_on: true })?;
-    running.guest.prepare().await;
+    running.prepare().await;
     let saved = async {
         let client = running.client().await.map_err(Error::Vmm)?;
         client.pause().await.map_err(Error::Vmm)?;
@@ -105,7 +105,7 @@ pub async fn capture(
     dest: &Path,
 ) -> Result<String, Failed> {
     let mut save = Save::begin(journal, Phase::Running).map_err(|error| Failed { error, goes_on: true })?;
-    running.guest.prepare().await;
+    running.prepare().await;
     let stopped = async {
         let client = running.client().await.map_err(Error::Vmm)?;
         client.pause().await.map_err(Error::Vmm)?;

@@ -187,6 +187,14 @@ pub struct Running {
 }
 
 impl Running {
+    /// Readies the guest for a snapshot. If the VMM ends meanwhile, whoever asks it next is told.
+    pub async fn prepare(&self) {
+        tokio::select! {
+            () = self.guest.prepare() => {}
+            _ = self.process.exited() => {}
+        }
+    }
+
     /// The VMM's API.
     pub async fn client(&self) -> Result<Client, vmm::client::Error> {
         Client::connect(SOCKET_LIMIT, &self.process).await

@@ -3,7 +3,7 @@
 //! or has failed with a reason. At the end nothing is left of any of it.
 //!
 //! `WRENN_KILLS` is the number of random instants for each victim; `WRENN_SEED` repeats a run's choices, though not its
-//! timing. With 200 instants or more, every commit point of the agent is tried, else some of them.
+//! timing. With 200 instants or more, each victim dies at every commit point of the agent, else at some of them.
 
 #![expect(clippy::print_stderr, reason = "a failed run is understood by what it did before")]
 
@@ -11,6 +11,8 @@ mod agent;
 mod trace;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use agent_api::{
@@ -18,10 +20,11 @@ use agent_api::{
 };
 use api::CapsuleId;
 use connectrpc::{ConnectError, ErrorCode};
+use rustix::process::Pid;
 use snapshot::MERGE_AT;
 
 use crate::common::{Caller, spec};
-use agent::{Killable, Kind, is_remote, kill};
+use agent::{Killable, Kind, is_remote, kill, processes};
 use trace::Trace;
 
 /// What every capsule here has besides: something in memory that never changes.
@@ -200,7 +203,7 @@ impl World {
                 true
             }
             Victim::Of(kind) => loop {
-                let pids = self.agent.processes(kind);
+                let pids = processes(&self.agent.instance(), kind);
                 if !pids.is_empty() {
                     kill(pids[self.random.below(pids.len() as u64) as usize]);
                     break true;
@@ -387,30 +390,67 @@ async fn a_pager_that_is_killed_while_memory_comes_loses_nothing_silently() {
     survives_random_kills(Victim::Of(Kind::Pager), COMING).await;
 }
 
-#[tokio::test]
-async fn an_agent_that_is_killed_at_a_commit_point_loses_nothing() {
-    let mut world = World::open(HERE).await;
-    for &verb in HERE {
-        let step = if kills() < 200 { 7 } else { 1 };
-        let mut at = 1 + world.random.below(step) as usize;
+/// Kills `victim` as the agent enters any of its commits during each verb, or every `step` of them.
+async fn survives_kills_at_commit_points(victim: Victim, verbs: &'static [Verb], step: usize) {
+    let mut world = World::open(verbs).await;
+    let step = if kills() < 200 { step } else { 1 };
+    for &verb in verbs {
+        let mut at = 1 + world.random.below(step as u64) as usize;
         loop {
             world.prepare(verb).await.unwrap();
-            let trace = Trace::begin(world.agent.pid(), at);
-            let asked = world.ask(verb);
-            asked.await.unwrap();
+            let (pid, instance) = (world.agent.pid(), world.agent.instance());
+            let is_over = Arc::new(AtomicBool::new(false));
+            let is_late = is_over.clone();
+            let strike = move || {
+                match victim {
+                    // What is done to see that all is whole is no part of the verb.
+                    _ if is_late.load(Ordering::SeqCst) => return false,
+                    Victim::Agent => kill(Pid::from_raw(pid as i32).expect("a child has a number")),
+                    Victim::Of(kind) => processes(&instance, kind).into_iter().for_each(kill),
+                }
+                true
+            };
+            let trace = Trace::begin(pid, at, strike);
+            world.ask(verb).await.unwrap();
             // What happens beside the verb, such as a merge, counts as long as this lasts.
             tokio::time::sleep(Duration::from_millis(100)).await;
+            is_over.store(true, Ordering::SeqCst);
+            if victim != Victim::Agent {
+                world.is_whole(victim).await;
+            }
             world.agent.kill();
             let seen = trace.end();
             world.agent.restart().await;
-            world.is_whole(Victim::Agent).await;
-            eprintln!("{verb:?}: {seen:?}");
-            if !seen.is_killed {
+            if victim == Victim::Agent {
+                world.is_whole(victim).await;
+            }
+            eprintln!("{victim:?}, {verb:?}: {seen:?}");
+            if !seen.is_struck {
                 assert!(seen.commits > 5, "{verb:?} has only {} commits", seen.commits);
                 break;
             }
-            at += step as usize;
+            at += step;
         }
     }
     world.end().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_at_a_commit_point_loses_nothing() {
+    survives_kills_at_commit_points(Victim::Agent, HERE, 7).await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_at_a_commit_point_on_the_way_to_the_object_store_or_back_loses_nothing() {
+    survives_kills_at_commit_points(Victim::Agent, BEYOND, 20).await;
+}
+
+#[tokio::test]
+async fn a_pager_that_is_killed_at_a_commit_point_loses_nothing_silently() {
+    survives_kills_at_commit_points(Victim::Of(Kind::Pager), HERE, 20).await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_is_killed_at_a_commit_point_loses_nothing_silently() {
+    survives_kills_at_commit_points(Victim::Of(Kind::Vmm), HERE, 20).await;
 }

@@ -182,10 +182,15 @@ async fn capsules_begin_from_a_boot_that_was_done_before_and_from_one_when_that_
     let needed = std::fs::read(boot.join("working-set")).unwrap();
     // A header and a checksum are 28 bytes.
     assert!(needed.starts_with(b"WRENNWSS") && needed.len() > 28, "{} bytes", needed.len());
-    for id in ids {
+    for (id, program) in ids.into_iter().zip(["/usr/local/bin/envd", "/usr/bin/bash"]) {
         let env = [("WHO".to_owned(), id.to_string())].into_iter().collect();
         let capsule = host.create(CapsuleSpec { default_env: env, ..spec(id) }).await.unwrap();
         assert!(!capsule.versions["kernel_version"].is_empty() && !capsule.versions["envd_version"].is_empty());
+        let in_memory = host.sh(id, &format!("fincore --bytes --noheadings --output pages,size {program}")).await;
+        let numbers: Vec<u64> = in_memory.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        let all = numbers[1].div_ceil(4096);
+        let is_read = if program.ends_with("envd") { numbers[0] == all } else { numbers[0] > all / 4 };
+        assert!(is_read, "{program} comes from the disk before a first command: {} of {all} pages", numbers[0]);
         own.insert(host.sh(id, "cat /etc/machine-id").await);
         own.insert(host.sh(id, "cat /proc/sys/kernel/random/uuid").await);
         // Something serves its memory: it was not booted.

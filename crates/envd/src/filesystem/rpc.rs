@@ -21,6 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::time::{Instant, timeout_at};
 
 /// From how many entries on a message takes so long to encode that the runtime should know.
@@ -242,7 +243,9 @@ pub struct Listing(wire::ListDirResponse);
 impl Encodable<wire::ListDirResponse> for Listing {
     fn encode(&self, codec: CodecFormat) -> Result<Bytes, ConnectError> {
         let encode = || Encodable::<wire::ListDirResponse>::encode(&self.0, codec);
-        if self.0.entries.len() < LONG_LISTING { encode() } else { tokio::task::block_in_place(encode) }
+        let is_long = self.0.entries.len() >= LONG_LISTING;
+        let has_others = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
+        if is_long && has_others { tokio::task::block_in_place(encode) } else { encode() }
     }
 }
 

@@ -1,16 +1,14 @@
 //! What makes a fork a machine of its own: machine id, host name, SSH host keys.
 
-use super::Error;
+use super::{Error, start_quietly};
 use crate::init;
 use crate::reaper::{Exit, Reaper};
-use crate::sys::spawn::Spawn;
-use rustix::fd::AsFd;
+use crate::rewrite::rewrite;
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::CStr;
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -57,11 +55,11 @@ impl New {
     pub(super) fn write_machine_id(&self) -> io::Result<String> {
         let id = match &self.machine_id {
             Some(id) => id.clone(),
-            None => fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', ""),
+            None => random_id()?,
         };
-        write_over(MACHINE_ID, &format!("{id}\n"))?;
+        rewrite(Path::new(MACHINE_ID), &format!("{id}\n"))?;
         if fs::symlink_metadata(DBUS_MACHINE_ID).is_ok_and(|metadata| metadata.is_file()) {
-            write_over(DBUS_MACHINE_ID, &format!("{id}\n"))?;
+            rewrite(Path::new(DBUS_MACHINE_ID), &format!("{id}\n"))?;
         }
         Ok(id)
     }
@@ -70,10 +68,26 @@ impl New {
     pub(super) fn rename(&self) -> io::Result<Option<String>> {
         if let Some(name) = &self.hostname {
             init::rename(name)?;
-            write_over(HOSTNAME, &format!("{name}\n"))?;
+            rewrite(Path::new(HOSTNAME), &format!("{name}\n"))?;
         }
         Ok(self.hostname.clone())
     }
+}
+
+/// A random UUID (version 4), as machine ids are.
+fn random_id() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    bytes[6] = bytes[6] & 0x0F | 0x40;
+    bytes[8] = bytes[8] & 0x3F | 0x80;
+    Ok(hex::encode(bytes))
+}
+
+/// Reads what a fork reads first. What cannot be read is missed by nobody yet.
+pub(super) fn read() {
+    let _ = fs::read(MACHINE_ID);
+    let _ = fs::symlink_metadata(DBUS_MACHINE_ID);
+    let _ = host_keys();
 }
 
 /// Gives a machine an id that has none yet, as an image has.
@@ -85,11 +99,20 @@ pub fn ensure_machine_id() -> io::Result<()> {
     }
 }
 
-/// Makes a file that everybody may read have this content.
-fn write_over(path: &str, content: &str) -> io::Result<()> {
-    let mut file = fs::File::options().write(true).create(true).truncate(false).mode(0o644).open(path)?;
-    file.write_all(content.as_bytes())?;
-    if file.metadata()?.len() > content.len() as u64 { file.set_len(content.len() as u64) } else { Ok(()) }
+/// The files of all SSH host keys.
+fn host_keys() -> io::Result<Vec<PathBuf>> {
+    let mut keys = Vec::new();
+    let entries = match fs::read_dir(SSH) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(keys),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"ssh_host_") {
+            keys.push(entry.path());
+        }
+    }
+    Ok(keys)
 }
 
 /// Replaces the SSH host keys, which a twin has as well; false where there were none. One is made here and now, and of the
@@ -101,17 +124,7 @@ pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
         // Only then does it write no more.
         let _ = Handle::current().block_on(ended);
     }
-    let mut old = Vec::new();
-    let entries = match fs::read_dir(SSH) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        other => other?,
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b"ssh_host_") {
-            old.push(entry.path());
-        }
-    }
+    let mut old = host_keys()?;
     if old.is_empty() {
         return Ok(false);
     }
@@ -152,23 +165,8 @@ pub(super) fn renew_ssh_keys(reaper: &Arc<Reaper>) -> io::Result<bool> {
 
 /// Starts ssh-keygen.
 fn keygen(reaper: &Reaper, arguments: &[&CStr]) -> io::Result<(Pid, Exit)> {
-    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
     let argv: Vec<_> = std::iter::once(&c"ssh-keygen").chain(arguments).map(|&argument| argument.to_owned()).collect();
-    let spawned = reaper.spawn(&Spawn {
-        candidates: &[c"/usr/bin/ssh-keygen".to_owned()],
-        argv: &argv,
-        env: &[c"PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(), c"HOME=/root".to_owned()],
-        cwd: c"/",
-        stdin: null.as_fd(),
-        stdout: null.as_fd(),
-        stderr: null.as_fd(),
-        terminal: false,
-        identity: None,
-        cgroup: None,
-        oom_score_adj: c"100",
-        open_files: 1024,
-    });
-    spawned.map_err(io::Error::other)
+    start_quietly(reaper, &[c"/usr/bin/ssh-keygen".to_owned()], &argv)
 }
 
 /// Has sshd, if it runs, forget the keys it has read: it may keep them in memory.

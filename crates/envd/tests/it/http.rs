@@ -185,6 +185,7 @@ fn the_control_routes_need_the_token_and_a_machine_of_their_own() {
     let right = "X-Access-Token: secret";
     for (path, status) in [
         ("/snapshot/prepare", 204),
+        ("/snapshot/warm-up", 501),
         ("/freeze", 501),
         ("/freeze?maxWaitMs=1&mode=any", 501),
         ("/unfreeze", 501),

@@ -179,7 +179,9 @@ impl Qemu {
         let on = |capability| json!({ "capability": capability, "state": true });
         let capabilities = json!({ "capabilities": [on("x-ignore-shared"), on("events")] });
         self.execute("migrate-set-capabilities", capabilities).await?;
-        self.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 })).await?;
+        // The guest stays at its place in the network: it need not announce itself, five times, to nobody.
+        let parameters = json!({ "max-bandwidth": 1_u64 << 40, "announce-rounds": 0 });
+        self.execute("migrate-set-parameters", parameters).await?;
         self.qmp.give("device-state", file.as_fd()).await?;
         let mut events = self.qmp.events()?;
         self.execute(command, json!({ "uri": "fd:device-state" })).await?;

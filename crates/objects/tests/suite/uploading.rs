@@ -90,6 +90,34 @@ async fn what_the_image_has_is_not_sent() {
     }
 }
 
+/// Bytes that this process has read.
+fn bytes_read() -> u64 {
+    let io = fs::read_to_string("/proc/self/io").unwrap();
+    io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn what_nobody_has_written_is_not_read() {
+    let world = World::folder();
+    let (image, disk) = (2048 * CHUNK + 10, 4096 * CHUNK + 20);
+    for (name, size) in [("image", image), ("disk", disk)] {
+        let file = File::create(world.dir.path().join(name)).unwrap();
+        file.set_len(size).unwrap();
+        file.write_all_at(&content(1, 1, 0), 5 * CHUNK).unwrap();
+    }
+    let mut source = world.source("disk");
+    source.base = Some(File::open(world.dir.path().join("image")).unwrap());
+    let before = bytes_read();
+    let sent = world.objects.upload("one", Vec::new(), vec![source]).await.unwrap();
+    let read = bytes_read() - before;
+    // The written chunk, and the one in which the image ends.
+    assert!((2 * CHUNK..8 * CHUNK).contains(&read), "{read} bytes");
+    assert_eq!(sent, Sent::default());
+    let chunks = &world.objects.manifest("one").await.unwrap().unwrap().files[0].chunks;
+    let (base, zero) = chunks.split_at(2048);
+    assert!(base.iter().all(|chunk| *chunk == Chunk::Base) && zero.iter().all(|chunk| *chunk == Chunk::Zero));
+}
+
 #[tokio::test]
 async fn what_is_named_by_its_content_is_not_read_again() {
     let world = World::folder();

@@ -124,22 +124,6 @@ impl Killable {
         }
     }
 
-    /// The processes of that kind that this agent's capsules have.
-    pub fn processes(&self, kind: Kind) -> Vec<Pid> {
-        let pids = common::processes(&self.instance());
-        let is_kind = |pid: &Pid| {
-            let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
-            let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
-            let is_pager = words.get(1).is_some_and(|word| word == "pager");
-            let is_vmm = words[0].ends_with("firecracker-qemu") || words[0].contains("qemu-system");
-            match kind {
-                Kind::Pager => is_pager,
-                Kind::Vmm => is_vmm,
-            }
-        };
-        pids.into_iter().filter(is_kind).collect()
-    }
-
     /// How many generations the capsule's newest snapshot has.
     pub fn generations_of(&self, id: CapsuleId) -> usize {
         let dir = self.root().join("capsules").join(id.to_string());
@@ -188,7 +172,8 @@ impl Killable {
         command(self.dir.path(), self.objects.as_ref()).env(END, "").status().unwrap().success()
     }
 
-    fn instance(&self) -> String {
+    /// What its network names and control groups have in their names.
+    pub fn instance(&self) -> String {
         let dir = self.dir.path().canonicalize().unwrap();
         hex::encode(&Sha256::digest(dir.as_os_str().as_encoded_bytes())[..4])
     }
@@ -227,6 +212,21 @@ fn usage(path: &Path) -> u64 {
 pub fn is_remote(record: &Path) -> bool {
     let record = fs::read(record).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
     record.is_some_and(|record| record["is_remote"] == true)
+}
+
+/// The processes of that kind that the capsules of an agent have.
+pub fn processes(instance: &str, kind: Kind) -> Vec<Pid> {
+    let is_kind = |pid: &Pid| {
+        let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+        let is_pager = words.get(1).is_some_and(|word| word == "pager");
+        let is_vmm = words[0].ends_with("firecracker-qemu") || words[0].contains("qemu-system");
+        match kind {
+            Kind::Pager => is_pager,
+            Kind::Vmm => is_vmm,
+        }
+    };
+    common::processes(instance).into_iter().filter(is_kind).collect()
 }
 
 /// Kills a process that may be gone by now.

@@ -1,4 +1,4 @@
-//! Killing a process as it enters its n-th system call that commits something to the disk.
+//! Striking as a process enters its n-th system call that commits something to the disk.
 //!
 //! The process is traced from outside while it does what is to be interrupted, so nothing in it is there for this.
 
@@ -13,20 +13,20 @@ pub struct Trace(JoinHandle<Seen>);
 pub struct Seen {
     /// Commits that were entered.
     pub commits: usize,
-    /// Whether it was killed at one of them.
-    pub is_killed: bool,
+    /// Whether the one to strike at was among them, and it was not too late for that.
+    pub is_struck: bool,
 }
 
 impl Trace {
-    /// Begins to trace the process `pid`, a child of this one, and kills it as it enters its commit number `at`.
-    /// Returns when all of its threads are traced.
-    pub fn begin(pid: u32, at: usize) -> Self {
+    /// Begins to trace the process `pid`, a child of this one, and calls `strike` as it enters its commit number `at`, which
+    /// waits for that and for whether it did. Returns when all of its threads are traced.
+    pub fn begin(pid: u32, at: usize, strike: impl FnOnce() -> bool + Send + 'static) -> Self {
         let (sender, begun) = std::sync::mpsc::channel();
         // Only the thread that traces can wait for what it traces.
         let thread = std::thread::spawn(move || {
             seize(pid);
             sender.send(()).unwrap();
-            follow(pid as i32, at)
+            follow(pid as i32, at, strike)
         });
         begun.recv().unwrap();
         Self(thread)
@@ -60,8 +60,9 @@ fn seize(pid: u32) {
     }
 }
 
-fn follow(pid: i32, at: usize) -> Seen {
-    let mut seen = Seen { commits: 0, is_killed: false };
+fn follow(pid: i32, at: usize, strike: impl FnOnce() -> bool) -> Seen {
+    let mut seen = Seen { commits: 0, is_struck: false };
+    let mut strike = Some(strike);
     loop {
         let mut status = 0;
         // SAFETY: `status` is valid for writes.
@@ -83,10 +84,10 @@ fn follow(pid: i32, at: usize) -> Seen {
                     && is_commit(number, &args)
                 {
                     seen.commits += 1;
-                    if seen.commits == at {
-                        seen.is_killed = true;
-                        // SAFETY: kills the child that this test started and has not reaped.
-                        assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+                    if seen.commits == at
+                        && let Some(strike) = strike.take()
+                    {
+                        seen.is_struck = strike();
                     }
                 }
             }
@@ -94,7 +95,7 @@ fn follow(pid: i32, at: usize) -> Seen {
             libc::SIGTRAP | libc::SIGSTOP => {}
             other => signal = if status >> 16 == 0 { other } else { 0 },
         }
-        // It may be gone by the kill.
+        // It may be gone by now.
         // SAFETY: resumes a tracee; no pointers.
         unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, 0, signal) };
     }
