@@ -12,4 +12,7 @@ kernel=$("$here/kernel.sh" "$cache" | tail -n 1)
 rootfs=$("$here/rootfs.sh" "$cache" "$envd" | tail -n 1)
 printf '{"kernel": "%s", "templates": {"minimal": "%s"}}\n' "$(basename "$kernel")" "$(basename "$rootfs")" >"$cache/images.json.tmp"
 mv "$cache/images.json.tmp" "$cache/images.json"
+# Each envd makes a template, and they are 300 MB each: the four that were asked for last stay. Data directories have their own.
+touch -a "$rootfs"
+find "$cache" -maxdepth 1 -name 'minimal-*.ext4' -printf '%A@ %p\n' | sort -rn | sed '1,4d; s/^[^ ]* //' | xargs -r rm --
 cat "$cache/images.json"

@@ -5,6 +5,8 @@
 # There are two such hosts, of one processor each: one with two stood still in the middle of a run, as both took exceptions
 # without end, it seems at code that Linux had patched on the other. Each has its part of the tests. Results are in TARGET/host:
 # junit-PART.xml, console-PART.log, dmesg-PART and the version of Firecracker. Ends as the suite does.
+# One that says nothing for five minutes stands still, whatever its tests do: it is turned off, after stalled-PART.log has
+# where its processor was, and turned on anew, once.
 # WRENN_HOST_SCOPE is what of the workspace was built, as cargo says it; by default all of it, as `make test` does.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -78,29 +80,47 @@ mkfs.ext4 -q -F -m 0 -E lazy_itable_init=0 -O ^has_journal -d "$host" "$work/hos
 rm -rf "$host"
 
 disk() { echo "-drive if=none,format=raw,cache=unsafe,discard=unmap,id=$1,file=$2,snapshot=$3 -device virtio-blk-pci,drive=$1"; }
-# One emulated host, and what came of it. EPYC-v3 has what KVM and Firecracker ask of a processor; of the rest, which is not
-# emulated, QEMU would warn.
-emulate() {
-  local part=$1
+# Turns an emulated host on until it is done, or stands still. EPYC-v3 has what KVM and Firecracker ask of a processor; of
+# the rest, which is not emulated, QEMU would warn.
+run() {
+  local part=$1 console=$out/console-$1.log monitor=$work/monitor-$1 qemu
+  rm -f "$work"/{scratch,results}-"$part" "$monitor".*
+  mkfifo "$monitor".{in,out}
+  : >"$console"
   truncate -s 24G "$work/scratch-$part"
   truncate -s 64M "$work/results-$part"
   # shellcheck disable=SC2046 # words are what is wanted
-  timeout "$limit" nice -n 5 qemu-system-x86_64 -machine q35 -accel tcg,tb-size=512 -cpu EPYC-v3 -smp 1 -m 4096 \
-    -nodefaults -no-user-config -display none -no-reboot -serial stdio \
+  timeout -k 10 "$limit" nice -n 5 qemu-system-x86_64 -machine q35 -accel tcg,tb-size=512 -cpu EPYC-v3 -smp 1 -m 4096 \
+    -nodefaults -no-user-config -display none -no-reboot -serial stdio -monitor "pipe:$monitor" \
     -kernel "$cache/linux/vmlinuz" -initrd "$base.cpio" \
     -append "console=ttyS0 quiet mitigations=off tsc=reliable panic=-1 wrenn.part=$part" \
     $(disk root "$base.ext4" on) $(disk host "$work/host.ext4" on) $(disk images "$disk" on) \
     $(disk scratch "$work/scratch-$part" off) $(disk results "$work/results-$part" off) \
-    -device virtio-rng-pci 2>"$out/qemu-$part.log" </dev/null | tee "$out/console-$part.log" | sed -u "s/^/$part | /" || true
-  mkdir "$work/$part"
+    -device virtio-rng-pci 2>"$out/qemu-$part.log" </dev/null > >(tee "$console" | sed -u "s/^/$part | /") &
+  qemu=$!
+  while sleep 5; kill -0 "$qemu" 2>/dev/null; do
+    [ $(($(date +%s) - $(stat -c %Y "$console"))) -lt 300 ] && continue
+    for _ in 1 2 3; do printf 'info registers\nx /16i $rip\nx /32gx $rsp\n' 1<>"$monitor.in"; sleep 1; done
+    timeout 2 cat "$monitor.out" >"$out/stalled-$part.log" || true
+    kill "$qemu"
+  done
+  wait "$qemu" || true
+  mkdir -p "$work/$part"
   tar -C "$work/$part" -xf "$work/results-$part" 2>/dev/null || true
-  [ -e "$work/$part/status" ] || { echo "the emulated host ended without results; see $out/console-$part.log" >&2; return; }
+  [ -e "$work/$part/status" ]
+}
+
+# An emulated host, and what came of it.
+emulate() {
+  local part=$1
+  run "$part" || { [ -e "$out/stalled-$part.log" ] && echo "FLAKY: the emulated host stood still; see $out/stalled-$part.log" >&2 && run "$part"; } ||
+    { echo "the emulated host ended without results; see $out/console-$part.log" >&2; return; }
   cp "$work/$part/version" "$out/"
   cp "$work/$part/dmesg" "$out/dmesg-$part"
   cp "$work/$part/junit.xml" "$out/junit-$part.xml" 2>/dev/null || true
 }
 
-rm -f "$out"/{version,dmesg,junit,console}*
+rm -f "$out"/{version,dmesg,junit,console,stalled}*
 emulate one & emulate two & wait
 for part in one two; do
   status=$(cat "$work/$part/status" 2>/dev/null || echo 1)
