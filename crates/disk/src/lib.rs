@@ -39,7 +39,7 @@ use backend::{name, share_or_copy, unnamed_beside};
 use cow::{CHUNK, Cow};
 use devices::Devices;
 pub use error::Error;
-pub use extents::own_bytes;
+pub use extents::{own_bytes, same_ranges};
 pub use image::{ImageName, InvalidName};
 use volume::Volume;
 

@@ -26,7 +26,7 @@ pub use error::{Error, Unreadable};
 pub use lazy::Lazy;
 pub use manifest::{Chunk, Entry, Error as ManifestError, Hash, Manifest};
 pub use store::Objects;
-pub use upload::{Sent, Source};
+pub use upload::{Base, Sent, Source};
 
 /// Bytes of a chunk, the last of a file aside.
 pub const CHUNK: u64 = 1 << 20;

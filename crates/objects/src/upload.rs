@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,10 +29,19 @@ pub struct Source {
     pub name: String,
     /// The file.
     pub file: File,
-    /// The image underneath: what it has at the same place is named and not sent.
-    pub base: Option<File>,
+    /// What is underneath, and named in place of being sent.
+    pub base: Option<Base>,
     /// A file of this name and size never has another content, so that what an earlier upload of it says holds.
     pub is_named_by_content: bool,
+}
+
+/// The image below a disk.
+#[derive(Debug)]
+pub struct Base {
+    /// What it has at the same place as the disk is not sent.
+    pub file: File,
+    /// Where both are known to be the same, so that neither is read; in order, none next to another.
+    pub same: Vec<Range<u64>>,
 }
 
 /// What an upload took.
@@ -87,21 +97,18 @@ impl Objects {
         let failed = Error::file("read", &name);
         let size = file.metadata().map_err(&failed)?.len();
         let before = before.and_then(|manifest| manifest.file(&name)).filter(|entry| entry.size == size);
-        let (base_size, base_holes) = match &base {
-            Some(base) => {
-                let size = base.metadata().map_err(&failed)?.len();
-                (size, holes(base, size).map_err(&failed)?)
-            }
-            None => (0, HashSet::new()),
-        };
+        let base_size = base.as_ref().map_or(Ok(0), |base| base.file.metadata().map(|metadata| metadata.len()));
+        let base_size = base_size.map_err(&failed)?;
+        let (base, same) = base.map_or((None, Vec::new()), |base| (Some(Arc::new(base.file)), base.same));
         let holes = holes(&file, size).map_err(&failed)?;
-        let (file, base) = (Arc::new(file), base.map(Arc::new));
+        let file = Arc::new(file);
         let mut entry = Entry { name: name.clone(), size, chunks: Vec::new() };
         let count = usize::try_from(size.div_ceil(CHUNK)).map_err(|_| Error::Changed(name.clone()))?;
         let chunks = (0..count).map(|index| {
             let (file, base, range) = (file.clone(), base.clone(), entry.range(index));
             let is_hole = holes.contains(&index);
-            let is_hole_below = base_holes.contains(&index) && range.end <= base_size;
+            let is_same = same.get(same.partition_point(|same| same.end < range.end));
+            let is_same = is_same.is_some_and(|same| same.start <= range.start);
             let before = before.map(|entry| entry.chunks[index]);
             let name = &name;
             async move {
@@ -110,12 +117,12 @@ impl Objects {
                     Some(Chunk::Stored(hash)) if self.is_there(hash, known).await? => return Ok(Chunk::Stored(hash)),
                     Some(Chunk::Stored(_) | Chunk::Base) | None => {}
                 }
-                // What nobody has written is not read: of most disks that is nearly all.
+                // What its owner has not written is not read: of most disks that is nearly all.
+                if is_same {
+                    return Ok(Chunk::Base);
+                }
                 if is_hole && range.start >= base_size {
                     return Ok(Chunk::Zero);
-                }
-                if is_hole && is_hole_below {
-                    return Ok(Chunk::Base);
                 }
                 let read = move || classify(&file, base.as_deref(), range.start, (range.end - range.start) as usize);
                 let (chunk, content) = blocking(read).await.map_err(Error::file("read", name))?;

@@ -156,7 +156,7 @@ fn open_sources(
     disk.base = match image.map(File::open) {
         // Then all of the disk is sent.
         Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => None,
-        image => image.transpose()?,
+        image => image.transpose()?.map(|file| below(&disk.file, file)).transpose()?,
     };
     let mut sources = vec![plain(files::MEMORY, header), plain(files::STATE, File::open(dir.join(state))?), disk];
     for data in snapshot.files() {
@@ -165,6 +165,12 @@ fn open_sources(
         sources.push(source);
     }
     Ok(sources)
+}
+
+/// The image of a disk, to upload the disk without what they share.
+fn below(disk: &File, image: File) -> io::Result<objects::Base> {
+    let same = disk::same_ranges(disk, &image)?;
+    Ok(objects::Base { file: image, same })
 }
 
 /// Makes the capsule `id`, which is not on this host, one that is paused here and whose generation is above `generation`.

@@ -1,9 +1,10 @@
 //! Object stores of both kinds, and files to put in them.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use objects::{CHUNK, Config, Objects, Source};
+use objects::{Base, CHUNK, Config, Objects, Source};
 use tempfile::TempDir;
 use testkit::S3;
 
@@ -51,6 +52,11 @@ impl World {
     pub fn source(&self, name: &str) -> Source {
         let file = File::open(self.dir.path().join(name)).unwrap();
         Source { name: name.into(), file, base: None, is_named_by_content: false }
+    }
+
+    /// The local file of that name, to be below another, with the ranges in which they are known to be the same.
+    pub fn base(&self, name: &str, same: Vec<Range<u64>>) -> Base {
+        Base { file: File::open(self.dir.path().join(name)).unwrap(), same }
     }
 
     /// What is downloaded of a file of an upload, to where nothing was.
