@@ -1,6 +1,7 @@
 //! Two hosts and an S3 server: a capsule that was paused on one goes on on the other.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use agent_api::{Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, SnapshotCapsuleRequest};
@@ -73,6 +74,12 @@ async fn until_here(host: &Host, id: CapsuleId) {
     }
 }
 
+/// Bytes of files that this process, which is the agent's and the server's, has read.
+fn bytes_read() -> u64 {
+    let io = fs::read_to_string("/proc/self/io").unwrap();
+    io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
 /// That the object store has nothing any more.
 async fn nothing_is_left(s3: &S3) {
     let objects = Objects::open(&config(s3)).unwrap();
@@ -118,6 +125,24 @@ async fn a_capsule_that_was_paused_here_goes_on_elsewhere() {
         host.close().await;
     }
     nothing_is_left(&s3).await;
+}
+
+#[tokio::test]
+async fn an_upload_reads_what_the_capsule_wrote_and_not_its_image() {
+    let s3 = S3::start().await;
+    let host = host(&s3).await;
+    let id = CapsuleId::random();
+    host.create(spec(id)).await.unwrap();
+    host.sh(id, "head -c 8M /dev/urandom > /root/file; sync").await;
+    let image = host.root().join("images").join(host.record(id)["image"].as_str().unwrap());
+    let image = fs::metadata(image).unwrap().blocks() * 512;
+    let before = bytes_read();
+    host.pause(id).await.unwrap();
+    until_uploaded(&host, id).await;
+    let read = bytes_read() - before;
+    assert!(read < image, "{read} bytes read, the image is {image}");
+    host.forget(id).await;
+    host.close().await;
 }
 
 #[tokio::test]
