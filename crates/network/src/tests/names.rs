@@ -1,7 +1,7 @@
 //! A guest that may reach names, with the real filter between it and the internet.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -97,16 +97,19 @@ impl World {
         Ok(records.map(|record| <[u8; 4]>::try_from(&record[12..16]).unwrap().into()).collect())
     }
 
-    fn connects(&self, to: Ipv4Addr, port: u16) -> TcpStream {
-        let stream = inside(&self.guest.netns, || TcpStream::connect((to, port))).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+    fn connects(&self, to: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
+        let stream = inside(&self.guest.netns, || TcpStream::connect((to, port)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
     }
 
     /// What comes back for these bytes; nothing from a connection that is refused.
     fn gets(&self, to: Ipv4Addr, port: u16, said: &[u8]) -> Option<String> {
-        let mut stream = self.connects(to, port);
-        // It may be refused before it has said anything.
+        // It may be refused before it has said anything, or knows that it is connected.
+        let mut stream = match self.connects(to, port) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return None,
+            connected => connected.unwrap(),
+        };
         stream.write_all(said).ok()?;
         // It is the guest that has ended: the answer still comes.
         let _ = stream.shutdown(std::net::Shutdown::Write);
@@ -268,7 +271,7 @@ fn a_shorter_list_cuts_what_is_open_and_without_a_filter_nothing_opens() {
         let listener = inside(&world.internet, || TcpListener::bind((SERVER, 80))).unwrap();
         let open = |name: &str| {
             world.asks(name).unwrap();
-            let mut guest = world.connects(SERVER, 80);
+            let mut guest = world.connects(SERVER, 80).unwrap();
             guest.write_all(&request(name)).unwrap();
             let (mut server, _) = listener.accept().unwrap();
             let mut head = vec![0; request(name).len()];
