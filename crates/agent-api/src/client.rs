@@ -34,6 +34,9 @@ pub type GuestFiles = FilesystemClient<Transport>;
 /// guest.
 pub const REFUSAL_HEADER: &str = "x-wrenn-refusal";
 
+/// Calls to one guest's envd, streams among them, that a host carries at once.
+pub const CALLS: usize = 1024;
+
 /// An agent that does not take a connection for this long is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of an answer that is an error.
@@ -103,6 +106,8 @@ async fn refusal(response: Response<Incoming>) -> ConnectError {
         StatusCode::NOT_FOUND => ErrorCode::NotFound,
         StatusCode::BAD_REQUEST | StatusCode::REQUEST_TIMEOUT => ErrorCode::InvalidArgument,
         StatusCode::FORBIDDEN => ErrorCode::PermissionDenied,
+        StatusCode::CONFLICT => ErrorCode::FailedPrecondition,
+        StatusCode::TOO_MANY_REQUESTS => ErrorCode::ResourceExhausted,
         StatusCode::INSUFFICIENT_STORAGE => ErrorCode::ResourceExhausted,
         StatusCode::SERVICE_UNAVAILABLE => ErrorCode::Unavailable,
         _ => ErrorCode::Internal,

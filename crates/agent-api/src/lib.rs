@@ -15,6 +15,6 @@ pub mod proto {
     connectrpc::include_generated!("contract.rs");
 }
 
-pub use client::{GuestFiles, GuestProcesses, Lifecycle, REFUSAL_HEADER, Transport};
+pub use client::{CALLS, GuestFiles, GuestProcesses, Lifecycle, REFUSAL_HEADER, Transport};
 pub use endpoint::{Endpoint, Error};
 pub use proto::hostagent::v1::*;

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_api::CapsuleState;
+use agent_api::{CALLS, CapsuleState};
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -18,6 +18,7 @@ use http::{StatusCode, Uri};
 use http_body_util::Full;
 use proxy::{Upstream, boxed};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tracing::warn;
 
 use crate::Agent;
@@ -82,6 +83,8 @@ pub struct Guest {
     token: String,
     /// What users' programs listen on.
     pub ports: Ports,
+    /// For what comes by [`forward`].
+    calls: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Guest {
@@ -94,7 +97,8 @@ impl Guest {
     /// The envd behind `host_ip`; nothing is dialled yet.
     pub fn new(host_ip: Ipv4Addr, token: String) -> Self {
         let address = SocketAddr::from((host_ip, PORT));
-        Self { address, upstream: Upstream::new(address), token, ports: Ports::new(host_ip) }
+        let calls = Arc::new(Semaphore::new(CALLS));
+        Self { address, upstream: Upstream::new(address), token, ports: Ports::new(host_ip), calls }
     }
 
     /// What envd demands of every request.
@@ -211,8 +215,8 @@ fn body(init: &Init) -> Bytes {
 
 /// `/guest/{capsule}/{path}`: waits while the capsule starts, pauses or resumes, then passes the request on as it is, under
 /// `path` and with envd's token. Problems on the way are told in the form of a Connect error: 404 `not_found` for a capsule
-/// that is not or no longer here, 409 `failed_precondition` for one that is paused, 503 `unavailable` for one that does not
-/// answer.
+/// that is not or no longer here, 409 `failed_precondition` for one that is paused, 429 `resource_exhausted` for one that has
+/// [`CALLS`] requests, 503 `unavailable` for one that does not answer.
 pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Response {
     let Some((id, path)) = split(request.uri()) else {
         return refusal(StatusCode::NOT_FOUND, "not_found", "a guest path is /guest/{capsule}/{path}".into());
@@ -230,6 +234,11 @@ pub async fn forward(State(agent): State<Agent>, mut request: Request) -> Respon
             return refusal(StatusCode::NOT_FOUND, "not_found", format!("capsule {id} has ended: {reason}"));
         }
     };
+    let Ok(call) = guest.calls.clone().try_acquire_owned() else {
+        let message = format!("capsule {id} has {CALLS} calls");
+        return refusal(StatusCode::TOO_MANY_REQUESTS, "resource_exhausted", message);
+    };
+    let open = open.holding(call);
     *request.uri_mut() = Uri::from(path);
     let token = HeaderValue::from_str(&guest.token).expect("a token is hex");
     request.headers_mut().insert(TOKEN, token);

@@ -5,7 +5,10 @@ use agent_api::*;
 use api::CapsuleId;
 use connectrpc::client::full_body;
 use connectrpc::{ConnectError, ErrorCode};
+use guest_api::process::__buffa::oneof::process_selector::Selector;
+use guest_api::process::{ConnectRequest, ProcessConfig, ProcessSelector, StartRequest};
 use hyper::Request;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -31,6 +34,46 @@ fn lack<T: std::fmt::Debug>(refused: Result<T, ConnectError>) -> HostFull {
     let error = refused.unwrap_err();
     assert_eq!(error.code, ErrorCode::ResourceExhausted, "{error}");
     full::of(&error).unwrap()
+}
+
+#[tokio::test]
+async fn a_guest_has_so_many_calls_at_once_and_no_more() {
+    // As `wrenn` does: a call is two connections, and both ends of one are here.
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files }).unwrap();
+    let host = Host::open(|_| {}).await;
+    let [busy, other] = [(); 2].map(|()| CapsuleId::random());
+    for id in [busy, other] {
+        host.create(spec(id)).await.unwrap();
+    }
+    let processes = Transport::new(host.endpoint()).guest(busy);
+    let sleep = ProcessConfig { cmd: "/bin/sleep".into(), args: vec!["1000".into()], ..Default::default() };
+    let request = StartRequest { process: sleep.into(), tag: Some("one".into()), ..Default::default() };
+    let mut first = processes.start(request).await.unwrap();
+    first.message().await.unwrap();
+    let followed = || async {
+        let selector = ProcessSelector { selector: Some(Selector::Tag("one".into())), ..Default::default() };
+        let mut stream = processes.connect(ConnectRequest { process: selector.into(), ..Default::default() }).await?;
+        stream.message().await.map(|_| stream)
+    };
+    let mut followers = Vec::new();
+    for _ in 1..CALLS {
+        followers.push(followed().await.unwrap());
+    }
+    let refused = followed().await.err().unwrap();
+    assert_eq!(refused.code, ErrorCode::ResourceExhausted, "{refused}");
+    assert!(refused.response_headers().contains_key(REFUSAL_HEADER));
+    // Others have theirs.
+    host.sh(other, "true").await;
+    drop(followers);
+    while host.try_sh(busy, "true").await.is_err_and(|error| error.code == ErrorCode::ResourceExhausted) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    host.sh(busy, "true").await;
+    for id in [busy, other] {
+        host.destroy(id).await;
+    }
+    host.close().await;
 }
 
 #[tokio::test]

@@ -85,7 +85,8 @@ async fn a_paused_capsule_waits(subject: &Subject) {
         assert_eq!((created.state, created.generation), (paused.state, paused.generation), "a create resumes nothing");
         let listed = subject.listed(id).await.expect("a paused capsule is listed");
         assert_eq!((listed.state, listed.generation), (paused.state, paused.generation));
-        subject.guest(id, "true", &[]).await.expect_err("what is paused has no guest");
+        let refused = subject.guest(id, "true", &[]).await.expect_err("what is paused has no guest");
+        assert_eq!(refused.code, ErrorCode::FailedPrecondition, "it is said to be paused: {refused}");
         assert_eq!(subject.listed(id).await.expect("it is listed").state, paused.state, "use resumes nothing");
 
         let resumed = subject.resume(id).await.expect("a paused capsule is resumed");
