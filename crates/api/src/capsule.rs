@@ -56,7 +56,7 @@ pub struct CreateCapsule {
     #[schema(minimum = 128, maximum = 65536)]
     pub memory_mb: Option<i64>,
     /// Most the root disk may grow to, in MiB; 5120 when absent.
-    #[schema(minimum = 1024, maximum = 102400)]
+    #[schema(minimum = 5120, maximum = 102400)]
     pub disk_size_mb: Option<i64>,
     /// Seconds without a command or ping after which the host pauses the capsule. 0, the default, means never; 1 to 59 are raised
     /// to 60.

@@ -42,6 +42,8 @@ pub const EXEC_TIMEOUT_SEC: RangeInclusive<i64> = 0..=24 * 60 * 60;
 pub const DEFAULT_EXEC_TIMEOUT_SEC: u32 = 30;
 /// Bytes of standard output and standard error together that a foreground command may write.
 pub const EXEC_OUTPUT_BYTES: usize = 256 * 1024 * 1024;
+/// Bytes of output that the platform holds at once for all commands in the foreground, until their clients have taken it.
+pub const EXEC_OUTPUTS_BYTES: usize = 512 * 1024 * 1024;
 pub const EXEC_ARGS: usize = 4_096;
 pub const EXEC_ENVS: usize = 1_024;
 /// Bytes of one argument or one `NAME=value`; Linux refuses longer ones.

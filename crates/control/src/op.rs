@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::events::Events;
+use self::exec::Outputs;
 use self::reach::Reachable;
 use crate::db;
 use crate::db::capsule::{Capsule, Life};
@@ -45,6 +46,8 @@ pub struct Context {
     pub changes: broadcast::Sender<CapsuleId>,
     /// What happens to capsules, for those who want to be told.
     pub events: Events,
+    /// Output of commands that is held for clients.
+    pub outputs: Outputs,
     /// Capsules that anyone may reach.
     pub reachable: Reachable,
     /// Wakes the reconciler before its time.
@@ -62,6 +65,7 @@ impl Context {
             host: Host::new(agent),
             changes: broadcast::Sender::new(CHANGES),
             events: Events::default(),
+            outputs: Outputs::default(),
             reachable: Reachable::default(),
             nudge: Notify::new(),
             tasks: TaskTracker::new(),
@@ -101,7 +105,7 @@ pub enum Error {
     /// The row says it runs; its host does not have it. The reconciler will find out.
     #[error("the capsule's host no longer runs it")]
     Gone,
-    #[error("the host did not do it")]
+    #[error(transparent)]
     Host(#[from] host::Error),
     /// The guest does not accept the command as it was given.
     #[error("{0}")]
@@ -110,7 +114,7 @@ pub enum Error {
     NoFile(String),
     #[error("there is something at `{0}`, but no directory")]
     NoDirectory(String),
-    #[error("the listing is too long; list fewer levels")]
+    #[error("the listing has more than {} entries; list fewer levels", guest_api::LIST_ENTRIES)]
     LongListing,
     #[error("there is already something at `{0}`")]
     Occupied(String),
@@ -125,6 +129,13 @@ pub enum Error {
         api::limits::EXEC_OUTPUT_BYTES
     )]
     TooMuchOutput,
+    #[error(
+        "the outputs that the platform holds for clients have more than {} bytes together; try again in a moment",
+        api::limits::EXEC_OUTPUTS_BYTES
+    )]
+    TooManyOutputs,
+    #[error("the capsule has {} calls and streams open, and takes no more", agent_api::CALLS)]
+    Busy,
     /// It may or may not have been done.
     #[error("the capsule did not do it: {}", .0.message.as_deref().unwrap_or("the guest does not say why"))]
     Guest(#[source] connectrpc::ConnectError),
@@ -134,16 +145,6 @@ pub enum Error {
     Store(#[from] db::Error),
     #[error("a task of this request panicked")]
     Panic(#[from] tokio::task::JoinError),
-}
-
-impl Error {
-    /// What is said of it to clients.
-    pub fn told(&self) -> String {
-        match self {
-            Self::Host(error) => error.to_string(),
-            error => error.to_string(),
-        }
-    }
 }
 
 /// A row as clients see it.

@@ -17,6 +17,9 @@ pub use proto::{filesystem, process};
 /// The TCP port envd listens on inside a capsule.
 pub const PORT: u16 = 49983;
 
+/// How many entries one listing may have: it is one message, and all of it is in memory at once.
+pub const LIST_ENTRIES: usize = 500_000;
+
 /// The header that carries the capsule's access token, on every request once `/init` has set one.
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
 

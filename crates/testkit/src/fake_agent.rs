@@ -60,6 +60,8 @@ pub(crate) struct Inner {
     /// How many children of the next fork do not start.
     failing_children: Mutex<usize>,
     connections: AtomicUsize,
+    /// Requests to guests that are not answered.
+    unanswered: AtomicUsize,
     creates: watch::Sender<usize>,
     destroys: watch::Sender<usize>,
     pauses: watch::Sender<usize>,
@@ -88,6 +90,7 @@ impl FakeAgent {
             room: Mutex::new(usize::MAX),
             failing_children: Mutex::default(),
             connections: AtomicUsize::new(0),
+            unanswered: AtomicUsize::new(0),
             creates: watch::Sender::new(0),
             destroys: watch::Sender::new(0),
             pauses: watch::Sender::new(0),
@@ -230,6 +233,11 @@ impl FakeAgent {
         listed.into_owned().processes
     }
 
+    /// How many requests to guests wait for their answer.
+    pub fn unanswered(&self) -> usize {
+        self.inner.unanswered.load(Ordering::Relaxed)
+    }
+
     /// How many connections were ever taken.
     pub fn connections(&self) -> usize {
         self.inner.connections.load(Ordering::Relaxed)
@@ -322,12 +330,34 @@ async fn guest(
             capsule.last_active_unix_ms = service::now_ms();
             guest.clone()
         }
+        Some(Entry { capsule, .. }) if capsule.state == CapsuleState::CAPSULE_STATE_PAUSED => {
+            let mut response = refusal(ConnectError::failed_precondition(format!("capsule {id} is paused")));
+            *response.status_mut() = axum::http::StatusCode::CONFLICT;
+            return response;
+        }
         _ => return refusal(ConnectError::not_found(format!("no capsule {id} runs here"))),
     };
     let whole = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
     let path = whole.strip_prefix(&format!("/guest/{id}")).expect("an id has nothing to decode");
     *request.uri_mut() = path.parse().expect("the rest of a path is a path");
+    let _counted = Unanswered::new(inner);
     guest.forward(request).await.unwrap_or_else(|error| refusal(ConnectError::unavailable(error.to_string())))
+}
+
+/// Counts a request until its answer begins or nobody waits for it.
+struct Unanswered(Arc<Inner>);
+
+impl Unanswered {
+    fn new(inner: Arc<Inner>) -> Self {
+        inner.unanswered.fetch_add(1, Ordering::Relaxed);
+        Self(inner)
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        self.0.unanswered.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 fn refusal(error: ConnectError) -> Response {

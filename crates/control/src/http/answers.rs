@@ -53,7 +53,7 @@ impl IntoResponses for OfGuest {
         all.extend(errors(&[
             (409, "`invalid_state`: the capsule does not run"),
             (502, "`agent_error`: the capsule went away meanwhile"),
-            (503, "`host_unavailable`: its host does not answer; `unavailable`: the platform's database does not"),
+            (503, "`host_unavailable`: its host does not answer; `unavailable`: the platform's database does not, or the capsule has too many calls open"),
         ]));
         all
     }

@@ -12,6 +12,7 @@ use axum::http::request::Parts;
 use super::App;
 use super::error::Error;
 use crate::db::key::Key;
+use crate::op::usable::patience;
 use crate::{db, op};
 
 /// The header that carries a key.
@@ -105,7 +106,7 @@ impl FromRequestParts<App> for Guest {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
         let Capsule { row, .. } = Capsule::from_request_parts(parts, app).await?;
-        Ok(Self(op::guest::enter(&app.ctx, row).await?))
+        Ok(Self(op::guest::enter(&app.ctx, row, patience()).await?))
     }
 }
 

@@ -73,7 +73,7 @@ impl From<api::Invalid> for Error {
 
 impl From<op::Error> for Error {
     fn from(error: op::Error) -> Self {
-        let message = error.told();
+        let message = error.to_string();
         match error {
             op::Error::Store(error) => error.into(),
             op::Error::Panic(error) => {
@@ -99,6 +99,7 @@ impl From<op::Error> for Error {
             op::Error::Fork { .. } => Self::new(ErrorCode::AgentError, message),
             op::Error::DiskFull => Self::new(ErrorCode::DiskFull, message),
             op::Error::TooMuchOutput | op::Error::LongListing => Self::new(ErrorCode::TooLarge, message),
+            op::Error::TooManyOutputs | op::Error::Busy => Self::new(ErrorCode::Unavailable, message),
         }
     }
 }

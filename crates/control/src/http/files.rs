@@ -24,7 +24,7 @@ use crate::op::{self, files};
         (status = 200, description = "What is in it", body = DirectoryEntries),
         OfGuest,
         (status = 404, description = "`not_found`: the team has no such capsule, or the path is no directory", body = ErrorBody),
-        (status = 413, description = "`too_large`: the body, or a listing of more than 256 MiB", body = ErrorBody),
+        (status = 413, description = "`too_large`: the body, or a listing of more than 500,000 entries", body = ErrorBody),
     )
 )]
 pub async fn list(

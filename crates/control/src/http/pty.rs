@@ -16,6 +16,7 @@ use super::socket::{self, Client, Ended, Socket, text};
 use crate::db;
 use crate::op::guest;
 use crate::op::process::{self, Events, Manner, Output, Process};
+use crate::op::usable::patience;
 
 /// Open a terminal
 ///
@@ -59,13 +60,13 @@ async fn begin(
             let encoding = start.encoding;
             let (mut spec, size) = start.validate()?;
             let tag = spec.tag.get_or_insert_with(|| process::random_tag("pty")).clone();
-            let guest = guest::enter(&app.ctx, capsule).await?;
+            let guest = guest::enter(&app.ctx, capsule, patience()).await?;
             let manner = Manner { terminal: Some(size), stdin: true, limit: None };
             Ok((tag, encoding, process::start(&guest, &spec, manner).await?))
         }
         Request::Connect { tag, encoding } => {
             api::pty::check_tag(&tag)?;
-            let guest = guest::enter(&app.ctx, capsule).await?;
+            let guest = guest::enter(&app.ctx, capsule, patience()).await?;
             let joined = process::connect(&guest, api::Selector::Tag(tag.clone())).await?;
             Ok((tag, encoding, joined))
         }

@@ -7,7 +7,6 @@
 //!
 //! Nothing is dropped on the way and every queue is bounded: who does not read is waited for, on either side.
 
-use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use tokio::time::{interval, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::error::Error;
-use super::socket::{Client, From, LAST, To, told};
+use super::socket::{Client, From, LAST, To, told, too_large};
 use crate::op;
 use crate::op::process::{Event, Events, Output, Process};
 
@@ -35,7 +34,7 @@ const BATCH: usize = 64 * 1024;
 const REMARKS: usize = 16;
 /// How often a quiet connection is used, so that nothing between takes it for dead, and the kernel finds out if it is.
 /// Silence by itself ends nothing: a client that has paused does not answer either.
-const PING: Duration = Duration::from_secs(30);
+const PING: Duration = Duration::from_secs(15);
 
 /// The words of one kind of socket.
 pub trait Dialect: Send {
@@ -83,15 +82,17 @@ pub async fn attend(
     let (typed, queue) = mpsc::channel(QUEUE);
     let (remarks, heard) = mpsc::channel(REMARKS);
     let delivery = AbortOnDropHandle::new(tokio::spawn(deliver(process.clone(), queue, remarks.clone())));
-    let left = {
-        let write = pin!(write(started, events, dialect, heard, to));
-        tokio::select! {
-            last = write => return Some(last),
-            () = read(&process, understand, from, typed, remarks) => delivery,
-        }
+    let mut read = pin!(read(&process, understand, from, typed, remarks));
+    let last = tokio::select! {
+        last = write(started, events, dialect, heard, to) => match last {
+            Some(last) => return Some(last),
+            // The client is gone; what it still had to say may lie here.
+            None => timeout(LAST, read).await.ok().flatten(),
+        },
+        last = read.as_mut() => last,
     };
-    let _ = timeout(LAST, left).await;
-    None
+    let _ = timeout(LAST, delivery).await;
+    last
 }
 
 /// Something to tell a client beside its process's output.
@@ -100,20 +101,24 @@ enum Remark {
     Fatal(Message),
 }
 
-/// Carries what the client says, until it leaves.
+/// Carries what the client says, until it leaves, or says what cannot be taken: then, what it is told at last.
 async fn read(
     process: &Process,
     understand: Understand,
     from: &mut From,
     typed: mpsc::Sender<Piece>,
     remarks: mpsc::Sender<Remark>,
-) {
-    while let Some(Ok(message)) = from.next().await {
-        let said = match message {
+) -> Option<Message> {
+    loop {
+        let said = match from.next().await?.map_err(too_large) {
+            Err(told) => return told,
+            Ok(message) => message,
+        };
+        let said = match said {
             Message::Binary(bytes) => Ok(Said::Input(bytes)),
             Message::Text(text) => understand(&text),
             Message::Ping(_) | Message::Pong(_) => Ok(Said::Nothing),
-            Message::Close(_) => return,
+            Message::Close(_) => return None,
         };
         let done = match said {
             Ok(Said::Input(bytes)) => {
@@ -129,7 +134,7 @@ async fn read(
             Ok(Said::Resize(size)) => process.resize(size).await.map(drop).map_err(Error::from),
             // At once, past all that waits to be typed.
             Ok(Said::Kill) => process.kill().await.map_err(Error::from),
-            Ok(Said::Stop) => return,
+            Ok(Said::Stop) => return None,
             Ok(Said::Nothing) => Ok(()),
             Err(error) => Err(error),
         };
@@ -179,23 +184,22 @@ async fn deliver(process: Arc<Process>, mut queue: mpsc::Receiver<Piece>, remark
     }
 }
 
-/// Carries what the process does, and what `heard` has to remark. The last message to the client, which is not sent yet.
+/// Carries what the process does, and what `heard` has to remark. The last message to the client, which is not sent yet; nothing
+/// when the client is gone.
 async fn write(
     started: Message,
     mut events: Events,
     mut dialect: impl Dialect,
     mut heard: mpsc::Receiver<Remark>,
     to: &mut To,
-) -> Message {
+) -> Option<Message> {
     let mut pings = interval(PING);
     let mut message = Some(started);
     loop {
         if let Some(message) = message
             && to.send(message).await.is_err()
         {
-            // Whoever reads from the client finds it gone too, after what it still had to say.
-            drop(events);
-            return pending().await;
+            return None;
         }
         let ended = tokio::select! {
             event = events.next() => match event {
@@ -211,7 +215,7 @@ async fn write(
                     message = Some(remark);
                     continue;
                 }
-                Remark::Fatal(remark) => return remark,
+                Remark::Fatal(remark) => return Some(remark),
             },
             _ = pings.tick() => {
                 message = Some(Message::Ping(Bytes::new()));
@@ -220,15 +224,15 @@ async fn write(
         };
         for rest in dialect.rest() {
             if to.send(rest).await.is_err() {
-                return pending().await;
+                return None;
             }
         }
-        return match ended {
+        return Some(match ended {
             Ok(exit) => {
                 events.close().await;
                 dialect.exit(exit.code)
             }
             Err(error) => told(error.into(), true),
-        };
+        });
     }
 }

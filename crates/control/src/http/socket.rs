@@ -16,6 +16,7 @@ use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
+use tokio_tungstenite::tungstenite;
 
 use super::App;
 use super::caller::{self, Caller};
@@ -166,6 +167,14 @@ async fn farewell(last: Option<Message>, Client { mut to, mut from }: Client) {
     };
     // A client that is gone, or does not read, misses it.
     let _ = timeout(LAST, farewell).await;
+}
+
+/// What a client is told of a message that could not be read; nothing when it is gone.
+pub fn too_large(error: axum::Error) -> Option<Message> {
+    let source = error.into_inner();
+    let is_too_large = matches!(source.downcast_ref(), Some(tungstenite::Error::Capacity(_)));
+    let message = format!("a message must be at most {MESSAGE} bytes long");
+    is_too_large.then(|| told(Error::new(ErrorCode::TooLarge, message), true))
 }
 
 /// The error as a message.

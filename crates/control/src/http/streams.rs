@@ -22,6 +22,7 @@ use super::utf8::Decoder;
 use crate::db;
 use crate::op::guest;
 use crate::op::process::{self, Manner, Output, Process};
+use crate::op::usable::patience;
 
 /// Run a command and follow it
 ///
@@ -80,7 +81,7 @@ async fn process(
     encoding: Encoding,
     client: &mut Client,
 ) -> Ended {
-    let guest = guest::enter(&app.ctx, capsule).await?;
+    let guest = guest::enter(&app.ctx, capsule, patience()).await?;
     let (process, events) = process::connect(&guest, selector).await?;
     let overheard: session::Understand = |_| Ok(Said::Nothing);
     Ok(session::attend(process, events, Command::new(encoding), overheard, client).await)
@@ -95,7 +96,7 @@ async fn command(app: App, capsule: db::capsule::Capsule, client: &mut Client) -
     let mut spec = start.validate()?;
     spec.tag.get_or_insert_with(|| process::random_tag("proc"));
     let limit = spec.timeout_sec.map(|seconds| Duration::from_secs(seconds.into()));
-    let guest = guest::enter(&app.ctx, capsule).await?;
+    let guest = guest::enter(&app.ctx, capsule, patience()).await?;
     let (process, events) = process::start(&guest, &spec, Manner { terminal: None, stdin, limit }).await?;
     Ok(session::attend(process, events, Command::new(encoding), understand, client).await)
 }

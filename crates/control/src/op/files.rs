@@ -13,14 +13,19 @@ use hyper::{Request, Response};
 use super::Error;
 use super::guest::Guest;
 
-/// Bytes of one listing on its way here.
+/// Bytes of one listing on its way here, and as it lies in memory.
 const LISTING_BYTES: usize = 256 << 20;
+
+/// For what a guest may have many of: envd's own limit counts.
+pub fn large(options: CallOptions) -> CallOptions {
+    options.with_max_message_size(LISTING_BYTES).with_element_memory_limit(LISTING_BYTES)
+}
 
 /// What is in a directory, `depth` levels deep. Anything else than a directory is not there.
 pub async fn list(guest: &Guest, path: String, depth: u32) -> Result<Vec<FileEntry>, Error> {
     let files = guest.files();
     let request = ListDirRequest { path: path.clone(), depth, ..Default::default() };
-    let options = CallOptions::default().with_max_message_size(LISTING_BYTES);
+    let options = large(CallOptions::default());
     match files.list_dir_with_options(request, options).await {
         Ok(listed) => Ok(listed.into_owned().entries.into_iter().map(entry).collect()),
         Err(error) if error.code == Code::InvalidArgument && is_something(&files, &path).await => {

@@ -22,7 +22,7 @@ pub async fn fork(
     request: ForkCapsule,
 ) -> Result<Vec<Created>, Error> {
     let (count, metadata) = request.validate()?;
-    let parent = usable::usable(ctx, parent, Command::Fork).await?;
+    let parent = usable::usable(ctx, parent, Command::Fork, usable::patience()).await?;
     let metadata = metadata.unwrap_or_else(|| parent.spec.metadata.clone());
     let spec = CapsuleSpec { metadata, ..parent.spec.clone() };
     let child = |_| {
@@ -55,7 +55,7 @@ async fn start(ctx: Arc<Context>, parent: Capsule, children: Vec<Capsule>) -> Re
         Err(error) => error.into(),
     };
     tracing::warn!(parent = %parent.id, error = &error as &dyn std::error::Error, "the capsule was not forked");
-    let given_up = children.into_iter().map(async |child| give_up(&ctx, child, error.told()).await);
+    let given_up = children.into_iter().map(async |child| give_up(&ctx, child, error.to_string()).await);
     join_all(given_up).await.into_iter().collect::<Result<(), _>>()?;
     // The host may know better than we what it has.
     ctx.nudge.notify_one();

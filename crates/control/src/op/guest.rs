@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use agent_api::{GuestFiles, GuestProcesses, REFUSAL_HEADER};
-use api::CapsuleId;
+use api::{CapsuleId, Status};
 use connectrpc::client::ClientBody;
 use connectrpc::{ConnectError, ErrorCode};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use lifecycle::Command;
+use tokio::time::Instant;
 
 use super::{Context, Error, usable};
 use crate::db::capsule::Capsule;
@@ -20,9 +21,9 @@ pub struct Guest {
     pub id: CapsuleId,
 }
 
-/// Goes into the capsule, which may still be starting.
-pub async fn enter(ctx: &Arc<Context>, capsule: Capsule) -> Result<Guest, Error> {
-    let capsule = usable::usable(ctx, capsule, Command::Exec).await?;
+/// Goes into the capsule, which may still be starting: it is waited for until `until`.
+pub async fn enter(ctx: &Arc<Context>, capsule: Capsule, until: Instant) -> Result<Guest, Error> {
+    let capsule = usable::usable(ctx, capsule, Command::Exec, until).await?;
     Ok(Guest { ctx: ctx.clone(), id: capsule.id })
 }
 
@@ -44,11 +45,14 @@ impl Guest {
     pub fn failed(&self, error: ConnectError) -> Error {
         let error = match error.code {
             ErrorCode::NotFound if refused_by_host(&error) => Error::Gone,
+            // By itself, as it was idle: the row will say so in a moment.
+            ErrorCode::FailedPrecondition if refused_by_host(&error) => Error::State(Status::Paused),
+            ErrorCode::ResourceExhausted if refused_by_host(&error) => Error::Busy,
             // Only an error of the way to the host has a source; others came back from it.
             ErrorCode::Unavailable if error.source_arc().is_some() => Error::Host(error.into()),
             _ => Error::Guest(error),
         };
-        if matches!(error, Error::Gone | Error::Guest(_)) {
+        if matches!(error, Error::Gone | Error::State(_) | Error::Guest(_)) {
             self.ctx.nudge.notify_one();
         }
         error

@@ -1,31 +1,29 @@
 //! Moving a paused capsule to the object store, so that it takes nothing of its host.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::Actor;
 use lifecycle::{Command, Desired};
 
 use super::record::{Fact, record};
+use super::usable::patience;
 use super::wish::{Wish, wish};
 use super::{Context, Error};
 use crate::db;
 use crate::db::capsule::Capsule;
 use crate::host;
 
-/// How long a request waits for its capsule to hibernate before it is answered with what is. Clients wait 30 s for an answer.
-const WAIT: Duration = Duration::from_secs(20);
-
-/// Has the capsule hibernate, and answers it as it then is. The upload goes on if the client leaves. One that fails leaves the
+/// Has the capsule hibernate, and answers it as it is when that is done, or when the client has waited long enough. The upload goes on if the client leaves. One that fails leaves the
 /// capsule paused, and its host goes on trying to upload it.
 pub async fn hibernate(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Result<Capsule, Error> {
-    let capsule = match wish(ctx, capsule, Command::Hibernate, Desired::Paused, &actor).await? {
+    let until = patience();
+    let capsule = match wish(ctx, capsule, Command::Hibernate, Desired::Paused, &actor, until).await? {
         Wish::Made(capsule) => capsule,
         Wish::Done(capsule) => return Ok(capsule),
     };
     let (team, id) = (capsule.team, capsule.id);
     let moving = ctx.tasks.spawn(finish(ctx.clone(), capsule.clone()));
-    match tokio::time::timeout(WAIT, moving).await {
+    match tokio::time::timeout_at(until, moving).await {
         Ok(result) => result?,
         Err(_) => Ok(db::capsule::get(&ctx.db, team, id).await?.unwrap_or(capsule)),
     }

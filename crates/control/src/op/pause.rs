@@ -1,25 +1,23 @@
 //! Putting a capsule aside.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::{Actor, EventName};
 use lifecycle::{Command, Desired};
 
 use super::record::{Fact, record};
+use super::usable::patience;
 use super::wish::{Wish, change, wish};
 use super::{Context, Error};
 use crate::db;
 use crate::db::capsule::Capsule;
 use crate::host;
 
-/// How long a request waits for its capsule to be paused before it is answered with what is. Clients wait 30 s for an answer.
-const WAIT: Duration = Duration::from_secs(20);
-
-/// Has the capsule paused, and answers it as it then is. The pause goes on if the client leaves. One that fails is not tried
+/// Has the capsule paused, and answers it as it is when that is done, or when the client has waited long enough. The pause goes on if the client leaves. One that fails is not tried
 /// again: the capsule runs on, as the client is told.
 pub async fn pause(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Result<Capsule, Error> {
-    let capsule = match wish(ctx, capsule, Command::Pause, Desired::Paused, &actor).await? {
+    let until = patience();
+    let capsule = match wish(ctx, capsule, Command::Pause, Desired::Paused, &actor, until).await? {
         Wish::Made(capsule) => capsule,
         Wish::Done(capsule) => return Ok(capsule),
     };
@@ -32,7 +30,7 @@ pub async fn pause(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Result
             other => other,
         }
     });
-    match tokio::time::timeout(WAIT, pausing).await {
+    match tokio::time::timeout_at(until, pausing).await {
         Ok(result) => result?,
         Err(_) => Ok(db::capsule::get(&ctx.db, team, id).await?.unwrap_or(capsule)),
     }

@@ -21,7 +21,8 @@ use guest_api::process::{
 use tokio::time::timeout;
 
 use super::Error;
-use super::guest::Guest;
+use super::files::large;
+use super::guest::{Guest, refused_by_host};
 
 type Stream<View> = ServerStream<<Transport as ClientTransport>::ResponseBody, View>;
 
@@ -146,7 +147,8 @@ pub async fn connect(guest: &Guest, selector: Selector) -> Result<(Process, Even
 
 /// Everything that was started and runs, oldest first.
 pub async fn list(guest: &Guest) -> Result<ProcessList, Error> {
-    let listed = guest.processes().list_with_options(ListRequest::default(), quick()).await;
+    let options = large(quick());
+    let listed = guest.processes().list_with_options(ListRequest::default(), options).await;
     let listed = listed.map_err(|error| guest.failed(error))?.into_owned();
     let processes = listed.processes.into_iter().map(|info| {
         let config = info.config.into_option().unwrap_or_default();
@@ -189,6 +191,7 @@ async fn begun(
 /// Why a process did not start. What the guest objects to is the client's to mend.
 fn refusal(guest: &Guest, error: ConnectError, spec: &ExecSpec) -> Error {
     match error.code {
+        _ if refused_by_host(&error) => guest.failed(error),
         Code::InvalidArgument | Code::NotFound | Code::PermissionDenied | Code::FailedPrecondition => {
             let why = error.message.as_deref().unwrap_or("the guest does not say why");
             match &spec.cwd {
@@ -324,7 +327,10 @@ impl Process {
             Ok(_) => Ok(true),
             // Of the process or of its capsule: what its events say last tells which.
             Err(error) if error.code == Code::NotFound => Ok(false),
-            Err(error) if matches!(error.code, Code::InvalidArgument | Code::FailedPrecondition) => {
+            Err(error)
+                if matches!(error.code, Code::InvalidArgument | Code::FailedPrecondition)
+                    && !refused_by_host(&error) =>
+            {
                 Err(Error::Refused(error.message.unwrap_or_else(|| "the guest does not accept it".into())))
             }
             Err(error) => Err(self.guest.failed(error)),

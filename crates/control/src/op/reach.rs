@@ -13,8 +13,9 @@ use super::{Context, resume, usable};
 use crate::db;
 use crate::db::capsule::Capsule;
 
-/// How long it is remembered that a capsule may be reached.
-const REMEMBER: Duration = Duration::from_secs(120);
+/// How long it is remembered that a capsule may be reached. Another control plane on the same database may make it private, or
+/// pause it; then only the row tells.
+const REMEMBER: Duration = Duration::from_secs(2);
 /// Capsules remembered at once.
 const MOST: usize = 10_000;
 /// How long a host may take to say what became of a capsule that it turned out not to run.
@@ -107,12 +108,13 @@ pub async fn reach(ctx: &Arc<Context>, id: CapsuleId, token: Option<&str>, check
 
 async fn running(ctx: &Arc<Context>, capsule: Capsule) -> Result<(), Error> {
     let wakes = capsule.spec.auto_resume;
-    let paused = match usable::usable(ctx, capsule.clone(), Command::Exec).await {
+    let until = usable::patience();
+    let paused = match usable::usable(ctx, capsule.clone(), Command::Exec, until).await {
         Err(super::Error::State(Status::Paused)) if wakes => capsule,
         other => return other.map(drop).map_err(not_running),
     };
     let resumed = resume::resume(ctx, paused, SYSTEM).await.map_err(not_running)?;
-    usable::usable(ctx, resumed, Command::Exec).await.map(drop).map_err(not_running)
+    usable::usable(ctx, resumed, Command::Exec, until).await.map(drop).map_err(not_running)
 }
 
 fn not_running(error: super::Error) -> Error {

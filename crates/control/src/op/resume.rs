@@ -1,26 +1,24 @@
 //! Letting a paused capsule go on.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::{Actor, EventName, Status};
 use lifecycle::{Command, Desired, Observed};
 
 use super::record::{Fact, record};
+use super::usable::patience;
 use super::wish::{Wish, wish};
 use super::{Context, Error};
 use crate::db;
 use crate::db::capsule::Capsule;
 use crate::host;
 
-/// How long a request waits for its capsule to run before it is answered with what is. Clients wait 30 s for an answer.
-const WAIT: Duration = Duration::from_secs(20);
-
-/// Has the capsule resumed, and answers it as it then is. The resume goes on if the client leaves. After one that fails the
+/// Has the capsule resumed, and answers it as it is when that is done, or when the client has waited long enough. The resume goes on if the client leaves. After one that fails the
 /// capsule is paused as before.
 pub async fn resume(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Result<Capsule, Error> {
     let (team, id) = (capsule.team, capsule.id);
-    let capsule = match wish(ctx, capsule, Command::Resume, Desired::Running, &actor).await {
+    let until = patience();
+    let capsule = match wish(ctx, capsule, Command::Resume, Desired::Running, &actor, until).await {
         Ok(Wish::Made(capsule)) => capsule,
         Ok(Wish::Done(capsule)) => return Ok(capsule),
         // Another asked for it, and waits longer than we do.
@@ -30,7 +28,7 @@ pub async fn resume(ctx: &Arc<Context>, capsule: Capsule, actor: Actor) -> Resul
         Err(error) => return Err(error),
     };
     let resuming = ctx.tasks.spawn(finish(ctx.clone(), capsule.clone()));
-    match tokio::time::timeout(WAIT, resuming).await {
+    match tokio::time::timeout_at(until, resuming).await {
         Ok(result) => result?,
         Err(_) => Ok(db::capsule::get(&ctx.db, team, id).await?.unwrap_or(capsule)),
     }

@@ -34,11 +34,11 @@ pub async fn create(
         Some(_) if !overwrite => return Err(Error::TakenName(name)),
         Some(_) | None => {}
     }
-    let capsule = usable::usable(ctx, capsule, Command::Snapshot).await?;
+    let capsule = usable::usable(ctx, capsule, Command::Snapshot, usable::patience()).await?;
     let work = ctx.clone();
     let made = ctx.tasks.spawn(async move {
         let made = make(&work, &capsule, &name, overwrite).await;
-        let outcome = made.as_ref().map(drop).map_err(Error::told);
+        let outcome = made.as_ref().map(drop).map_err(ToString::to_string);
         work.events.template(
             EventName::TemplateSnapshotCreate,
             capsule.team,

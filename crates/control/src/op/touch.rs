@@ -8,7 +8,7 @@ use crate::host;
 
 /// Restarts the clock on the capsule's host. The host's next report carries the new time onto the record.
 pub async fn touch(ctx: &Context, capsule: Capsule) -> Result<(), Error> {
-    let capsule = usable::usable(ctx, capsule, Command::Touch).await?;
+    let capsule = usable::usable(ctx, capsule, Command::Touch, usable::patience()).await?;
     let touched = ctx.host.touch(capsule.id).await;
     ctx.nudge.notify_one();
     match touched {

@@ -10,14 +10,18 @@ use super::{Context, Error};
 use crate::db;
 use crate::db::capsule::Capsule;
 
-/// How long an early request waits. Clients wait 30 s for an answer.
+/// How long an early request waits, all in all. Clients wait 30 s for an answer.
 const WAIT: Duration = Duration::from_secs(25);
 /// Another control plane on the same database may be the one that learns of the change; then only the row tells.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
+/// Until when a request that came now waits.
+pub fn patience() -> Instant {
+    Instant::now() + WAIT
+}
+
 /// Answers when the capsule can do `command`, at once if it can; says why when it cannot.
-pub async fn usable(ctx: &Context, mut capsule: Capsule, command: Command) -> Result<Capsule, Error> {
-    let until = Instant::now() + WAIT;
+pub async fn usable(ctx: &Context, mut capsule: Capsule, command: Command, until: Instant) -> Result<Capsule, Error> {
     let mut changes = ctx.changes.subscribe();
     let mut current = false;
     loop {

@@ -2,6 +2,7 @@
 
 use api::Actor;
 use lifecycle::{Command, Decision, Desired, State};
+use tokio::time::Instant;
 
 use super::{Context, Error, usable};
 use crate::db;
@@ -15,16 +16,17 @@ pub enum Wish {
     Done(Capsule),
 }
 
-/// Writes down that the capsule shall be `desired`, once `command` is possible.
+/// Writes down that the capsule shall be `desired`, once `command` is possible, for which it waits until `until`.
 pub async fn wish(
     ctx: &Context,
     mut capsule: Capsule,
     command: Command,
     desired: Desired,
     actor: &Actor,
+    until: Instant,
 ) -> Result<Wish, Error> {
     loop {
-        capsule = usable::usable(ctx, capsule, command).await?;
+        capsule = usable::usable(ctx, capsule, command, until).await?;
         if lifecycle::decide(capsule.life.state, command) == Decision::Done {
             return Ok(Wish::Done(capsule));
         }

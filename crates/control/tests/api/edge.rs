@@ -1,6 +1,7 @@
 //! Capsules under their own hosts: what a client and a program in a capsule see of each other.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use api::CapsuleId;
 use futures::{SinkExt, StreamExt};
@@ -11,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
-use crate::world::{World, on_both};
+use crate::world::{Store, World, on_both};
 
 on_both![
     a_program_sees_what_was_asked_and_nothing_of_ours,
@@ -334,6 +335,26 @@ async fn a_paused_capsule_wakes_if_it_wants_to(world: World) {
     world.ask(id, "pause").await;
     assert_eq!(world.visited(id, program.port, "").await, StatusCode::FORBIDDEN);
     assert_eq!(world.status(id).await, "paused");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_control_plane_makes_private_is_private_at_all() {
+    let world = World::new(Store::Postgres).await;
+    let other = world.beside().await;
+    let id = world.capsule().await;
+    let program = Program::saying_ok().await;
+    let visited = async || {
+        let request = world.client.get(&other).header("host", host(id, program.port));
+        request.send().await.unwrap().status()
+    };
+    assert_eq!(visited().await, StatusCode::OK);
+    world.ask(id, "traffic-token").await;
+    let hidden = async {
+        while visited().await != StatusCode::FORBIDDEN {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), hidden).await.expect("it is remembered for seconds");
 }
 
 async fn a_pause_that_nobody_knew_of_costs_a_moment(world: World) {

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use api::ErrorCode;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -12,6 +14,8 @@ on_both![
     outputs_and_exit_codes_are_exact,
     connections_are_used_again,
     large_output_arrives_whole,
+    long_output_that_nobody_reads_is_shorter_in_base64,
+    a_capsule_that_starts_takes_of_its_commands_time,
     too_much_output_is_refused_and_ended,
     a_timeout_is_an_error_and_ends_the_process,
     background_processes_live_on,
@@ -82,6 +86,32 @@ async fn large_output_arrives_whole(world: World) {
     assert_eq!(status, StatusCode::OK);
     let stdout = result["stdout"].as_str().unwrap();
     assert!(stdout.len() == size && stdout.bytes().all(|byte| byte == b'x'));
+}
+
+async fn long_output_that_nobody_reads_is_shorter_in_base64(world: World) {
+    let path = format!("/v1/capsules/{}/exec", world.capsule().await);
+    for (bytes, encoding) in [(1024 * 1024, "utf-8"), (2 * 1024 * 1024, "base64")] {
+        let (status, result) = world.post(&path, sh(&format!("head -c {bytes} /dev/zero"))).await;
+        assert_eq!((status, &result["encoding"]), (StatusCode::OK, &json!(encoding)));
+        let stdout = result["stdout"].as_str().unwrap();
+        let stdout = if encoding == "base64" { BASE64_STANDARD.decode(stdout).unwrap() } else { stdout.into() };
+        assert!(stdout.len() == bytes && stdout.iter().all(|byte| *byte == 0));
+    }
+}
+
+async fn a_capsule_that_starts_takes_of_its_commands_time(world: World) {
+    let id = world.capsule().await;
+    world.ask(id, "pause").await;
+    world.agent.hold();
+    let resume = tokio::spawn(world.request(Method::POST, &format!("/v1/capsules/{id}/resume")).send());
+    world.until(id, "resuming").await;
+    let request = world.request(Method::POST, &format!("/v1/capsules/{id}/exec"));
+    let request = request.json(&json!({ "cmd": "true", "timeout_sec": 1 }));
+    // As the SDK does.
+    let request = request.timeout(Duration::from_secs(11));
+    refused(world.send(request).await, 409, ErrorCode::InvalidState);
+    world.agent.release();
+    resume.await.unwrap().unwrap();
 }
 
 async fn too_much_output_is_refused_and_ended(world: World) {

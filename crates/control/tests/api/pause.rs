@@ -18,6 +18,7 @@ on_both![
     what_comes_during_a_resume_waits,
     a_resume_waits_for_a_pause,
     an_idle_capsule_is_paused_by_its_host,
+    what_is_asked_of_a_capsule_that_has_just_paused_is_refused_as_ever,
     a_pause_that_fails_is_over,
     a_resume_that_fails_may_be_asked_again,
     a_pause_that_was_lost_is_told_as_it_is,
@@ -148,6 +149,24 @@ async fn an_idle_capsule_is_paused_by_its_host(world: World) {
     let (status, resumed) = world.ask(id, "resume").await;
     assert_eq!((status, &resumed["status"]), (StatusCode::OK, &json!("running")));
     assert!(resumed.get("reason").is_none());
+}
+
+async fn what_is_asked_of_a_capsule_that_has_just_paused_is_refused_as_ever(world: World) {
+    let files = ["list", "mkdir", "remove", "read"].map(|verb| (format!("files/{verb}"), json!({ "path": "/tmp/x" })));
+    let command = json!({ "cmd": "true", "background": true });
+    let asked = [("exec".into(), json!({ "cmd": "true" })), ("exec".into(), command)].into_iter().chain(files);
+    for (verb, body) in asked {
+        let id = world.capsule().await;
+        // What is known of it changes when its host is asked next.
+        world.agent.doze(id).await;
+        let message =
+            refused(world.post(&format!("/v1/capsules/{id}/{verb}"), body).await, 409, ErrorCode::InvalidState);
+        assert_eq!(message, "the capsule is paused", "{verb}");
+    }
+    let id = world.capsule().await;
+    world.agent.doze(id).await;
+    let listed = world.get(&format!("/v1/capsules/{id}/processes")).await;
+    refused(listed, 409, ErrorCode::InvalidState);
 }
 
 async fn a_pause_that_fails_is_over(world: World) {

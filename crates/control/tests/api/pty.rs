@@ -1,12 +1,17 @@
 //! Terminals.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use api::{CapsuleId, ErrorCode};
+use futures::{SinkExt, StreamExt};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::socket::{Socket, dial};
-use crate::world::{World, on_both, refused};
+use crate::world::{PATIENCE, World, on_both, refused};
 
 on_both![
     what_is_typed_and_shown_and_the_exit_code,
@@ -14,6 +19,7 @@ on_both![
     a_client_that_takes_only_text,
     a_kill_passes_what_waits,
     input_that_is_not_read_holds_its_client,
+    a_message_that_is_too_long_is_told,
     a_browser_says_who_it_is,
     what_is_wrong_before_and_after_the_upgrade,
     a_capsule_that_starts_is_waited_for,
@@ -125,12 +131,36 @@ async fn input_that_is_not_read_holds_its_client(world: World) {
             first.write(&piece).await;
         }
     };
-    assert!(timeout(std::time::Duration::from_secs(5), flood).await.is_err(), "everything was taken");
+    assert!(timeout(Duration::from_secs(5), flood).await.is_err(), "everything was taken");
     drop(first);
+    // The program still does not read: what was on its way to it is given up.
+    let given_up = async {
+        while world.agent.unanswered() > 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, given_up).await.expect("nothing waits for a client that is gone");
     let mut other = terminal(&world, id, json!({ "type": "connect", "tag": "full" })).await;
     other.told().await;
     other.say(json!({ "type": "kill" })).await;
     assert_eq!(other.told().await.1["exit_code"], -1);
+}
+
+async fn a_message_that_is_too_long_is_told(world: World) {
+    let id = world.capsule().await;
+    let mut terminal = terminal(&world, id, stuck("long")).await;
+    terminal.told().await;
+    terminal.shows("stuck").await;
+    let Socket(socket) = terminal;
+    let (mut to, from) = socket.split();
+    // It need not be taken to its end.
+    let said = tokio::spawn(async move { to.send(Message::binary(vec![b'x'; 17 << 20])).await });
+    let mut from = pin!(from.filter_map(async |message| message.ok().filter(|message| !message.is_ping())));
+    let told = timeout(PATIENCE, from.next()).await.unwrap().expect("it is told").into_text().unwrap();
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((&told["code"], &told["fatal"]), (&json!("too_large"), &json!(true)), "{told}");
+    assert!(told["data"].as_str().unwrap().contains("16777216"), "{told}");
+    drop(said.await);
 }
 
 async fn a_browser_says_who_it_is(world: World) {

@@ -42,6 +42,7 @@ pub struct World {
     pub url: String,
     pub key: String,
     pub client: reqwest::Client,
+    database_url: String,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<()>,
     _dir: Option<tempfile::TempDir>,
@@ -64,7 +65,7 @@ impl World {
     /// Over a database that is there.
     pub async fn over(database_url: String) -> Self {
         let agent = FakeAgent::start().await;
-        let config = Config { database_url, agent: agent.endpoint(), version: "test".into() };
+        let config = Config { database_url: database_url.clone(), agent: agent.endpoint(), version: "test".into() };
         let control = Control::open(config).await.unwrap();
         let team = control.ensure_team(&"first".parse::<SafeName>().unwrap()).await.unwrap();
         let key = control.issue_key(team, "test").await.unwrap();
@@ -78,7 +79,19 @@ impl World {
             };
             served.run(listener, shutdown).await.unwrap();
         });
-        Self { agent, control, url, key, client: reqwest::Client::new(), stop: Some(stop), serving, _dir: None }
+        let client = reqwest::Client::new();
+        Self { agent, control, url, key, client, database_url, stop: Some(stop), serving, _dir: None }
+    }
+
+    /// Another control plane over the same database and the same host; its URL.
+    pub async fn beside(&self) -> String {
+        let config =
+            Config { database_url: self.database_url.clone(), agent: self.agent.endpoint(), version: "test".into() };
+        let control = Control::open(config).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { control.run(listener, std::future::pending()).await });
+        url
     }
 
     /// A key of another team.

@@ -2,6 +2,7 @@
 
 use crate::filesystem::entry::{Owners, bare, entry};
 use crate::user::User;
+use guest_api::LIST_ENTRIES;
 use guest_api::filesystem::{EntryInfo, FileType};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, Dir, Gid, Mode, OFlags, RenameFlags, Uid};
@@ -10,9 +11,6 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
-
-/// How many entries one listing may have: it is one message, and all of it is in memory at once.
-pub const MAX_ENTRIES: usize = 500_000;
 
 /// How many levels of a tree are open at once while it is removed.
 const MAX_REMOVE_LEVELS: usize = 64;
@@ -35,7 +33,7 @@ pub enum Error {
     OtherFilesystem(String),
     #[error("the root directory stays")]
     Root,
-    #[error("{0} has more than {MAX_ENTRIES} entries to the depth asked for")]
+    #[error("{0} has more than {LIST_ENTRIES} entries to the depth asked for")]
     TooMany(String),
     #[error("cannot {what} {path}")]
     Io { what: &'static str, path: String, source: io::Error },
@@ -213,7 +211,7 @@ pub fn list(path: &Path, depth: u32) -> Result<Vec<EntryInfo>, Error> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(_) => bare(&path_of),
         };
-        if entries.len() == MAX_ENTRIES {
+        if entries.len() == LIST_ENTRIES {
             return Err(Error::TooMany(path.display().to_string()));
         }
         let is_directory = described.r#type == FileType::FILE_TYPE_DIRECTORY && !described.is_symlink;
