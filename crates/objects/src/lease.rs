@@ -16,8 +16,9 @@ use tokio::time::Instant;
 
 use crate::{Error, Objects};
 
-/// From this age on an object of a lease does not count.
-const STALE: Duration = Duration::from_secs(600);
+/// From this age on an object of a lease does not count: what a process that is gone had asked of the store has come about
+/// by then, or never does.
+pub const STALE: Duration = Duration::from_secs(600);
 /// Without having written it again for so long, one may not rely on it. So far apart from `STALE`, because a process may
 /// stand still between looking and acting.
 const LAPSE: Duration = Duration::from_secs(300);
