@@ -8,6 +8,7 @@ pub mod audit;
 mod boot;
 pub mod capsule;
 pub mod egress;
+mod forgotten;
 mod fork;
 pub mod guest;
 pub mod host;
@@ -171,28 +172,6 @@ impl Agent {
         adopted.await.expect("the work does not panic, and nobody aborts it")
     }
 
-    /// Has the object store forget an upload; later if it is out of reach, which is written down.
-    pub(crate) async fn forget_upload(&self, name: &str) -> io::Result<()> {
-        if self.host.objects.is_some() {
-            std::fs::write(self.host.forgotten().join(name.replace('/', "@")), b"")?;
-            self.forget_uploads().await;
-        }
-        Ok(())
-    }
-
-    /// Has the object store forget what it still has to.
-    async fn forget_uploads(&self) {
-        let Some(objects) = &self.host.objects else { return };
-        for entry in std::fs::read_dir(self.host.forgotten()).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().replace('@', "/");
-            match objects.forget(&name).await {
-                // There is none of a name that none can have.
-                Ok(()) | Err(objects::Error::Name(_)) => drop(std::fs::remove_file(entry.path())),
-                Err(error) => warn!(name, error = chain(&error), "the object store forgets it later"),
-            }
-        }
-    }
-
     fn has_image(&self, name: &str) -> bool {
         self.host.images.contains_key(name)
     }
@@ -221,7 +200,7 @@ impl Agent {
                 _ = sweep.tick() => self.sweep(),
                 _ = tick.tick() => {
                     self.forget(Instant::now());
-                    self.forget_uploads().await;
+                    self.host.forget_uploads().await;
                 }
             }
         }

@@ -55,13 +55,16 @@ impl HostAgent for Agent {
         request: ServiceRequest<'_, DestroyCapsuleRequest>,
     ) -> ServiceResult<DestroyCapsuleResponse> {
         let id = id(request.id)?;
+        let not_noted = |error| ConnectError::internal(crate::chain(&error));
+        if request.forget {
+            // First, because whoever asks may leave, and this agent may end.
+            self.host.note_forgotten(&remote::name(id)).map_err(not_noted)?;
+        }
         if let Some(handle) = self.capsule(id) {
             handle.destroy().await;
         }
         if request.forget {
-            self.forget_upload(&remote::name(id))
-                .await
-                .map_err(|error| ConnectError::internal(crate::chain(&error)))?;
+            self.host.forget_upload(&remote::name(id)).await.map_err(not_noted)?;
         }
         Response::ok(DestroyCapsuleResponse::default())
     }
@@ -165,7 +168,7 @@ impl HostAgent for Agent {
     ) -> ServiceResult<DeleteTemplateResponse> {
         let request = request.to_owned_message();
         self.forget_template(&request.name);
-        let forgotten = self.forget_upload(&templates::remote::name(&request.name)).await;
+        let forgotten = self.host.forget_upload(&templates::remote::name(&request.name)).await;
         forgotten.map_err(|error| ConnectError::internal(crate::chain(&error)))?;
         Response::ok(DeleteTemplateResponse::default())
     }

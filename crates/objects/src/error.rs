@@ -70,8 +70,8 @@ pub enum Error {
     /// Uploads are under way, and garbage is not collected beside them.
     #[error("uploads to the object store are under way; try again later")]
     Uploading,
-    /// The object store did not answer for so long that others may have taken this process for dead.
-    #[error("the object store was out of reach for too long")]
+    /// The object store was out of reach, or this process stood still, for so long that others may have taken it for dead.
+    #[error("the object store was not reached for too long")]
     Lapsed,
     /// The kernel has no random numbers for a name.
     #[error("make a name")]

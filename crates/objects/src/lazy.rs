@@ -62,15 +62,15 @@ impl Lazy {
         chunks(&bytes).all(|index| file.is_present(index))
     }
 
-    /// Waits until these bytes of a file are there. While the object store is out of reach it tries again, for as long as
-    /// `patience`.
+    /// Waits until these bytes of a file are there. While the object store is out of reach or the disk is full it tries
+    /// again, for as long as `patience`.
     pub fn fetch(&self, file: usize, bytes: Range<u64>, patience: Duration) -> Result<(), Error> {
         let deadline = Instant::now() + patience;
         chunks(&bytes).try_for_each(|index| self.fetch_chunk(file, index, deadline))
     }
 
-    /// Fetches everything, beside whoever else fetches, and makes it durable. While the object store is out of reach it
-    /// tries again, for ever; what cannot be had is the error in the end, when all else is there.
+    /// Fetches everything, beside whoever else fetches, and makes it durable. While the object store is out of reach or the
+    /// disk is full it tries again, for ever; what cannot be had is the error in the end, when all else is there.
     pub fn fill(&self) -> Result<(), Error> {
         let all = self.files.iter().enumerate();
         let all: Vec<_> =
@@ -80,7 +80,7 @@ impl Lazy {
             while let Some((number, index)) = all.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                 loop {
                     match self.fetch_chunk(number, index, Instant::now()) {
-                        Err(error) if error.is_passing() => self.sleep(LONG_PAUSE),
+                        Err(error) if may_pass(&error) => self.sleep(LONG_PAUSE),
                         fetched => {
                             let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
                             *first = first.take().or(fetched.err());
@@ -126,17 +126,23 @@ impl Lazy {
             // Others are there from the beginning.
             return Ok(());
         };
+        let again = |error: Error| {
+            if !may_pass(&error) || Instant::now() >= deadline {
+                return Err(error);
+            }
+            tracing::debug!(error = &error as &dyn std::error::Error, %hash, "a chunk is tried again");
+            self.sleep(PAUSE);
+            Ok(())
+        };
         let content = loop {
             match self.runtime.block_on(self.objects.part(hash, range.end - range.start)) {
                 Ok(content) => break content,
-                Err(error) if error.is_passing() && Instant::now() < deadline => {
-                    tracing::debug!(error = &error as &dyn std::error::Error, %hash, "a chunk is fetched again");
-                    self.sleep(PAUSE);
-                }
-                Err(error) => return Err(error),
+                Err(error) => again(error)?,
             }
         };
-        file.file.write_all_at(&content, range.start).map_err(Error::file("write", &file.entry.name))?;
+        while let Err(error) = file.file.write_all_at(&content, range.start) {
+            again(Error::file("write", &file.entry.name)(error))?;
+        }
         file.present[index].store(true, Ordering::Release);
         Ok(())
     }
@@ -180,6 +186,13 @@ fn is_there(file: &File, range: Range<u64>, hash: Hash) -> io::Result<bool> {
     let mut content = vec![0; (range.end - range.start) as usize];
     file.read_exact_at(&mut content, range.start)?;
     Ok(Hash::of(&content) == hash)
+}
+
+/// Whether the same may succeed later: the object store may be back then, or the disk have room.
+fn may_pass(error: &Error) -> bool {
+    let is_full =
+        |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    error.is_passing() || matches!(error, Error::File { source, .. } if is_full(source))
 }
 
 /// The chunks that bytes are in.

@@ -4,6 +4,9 @@
 //! So each says that it is there, by an object of its own, before it looks whether the other is: whoever comes second
 //! sees the first, whatever the timing. An object counts while it is young, by the store's clock, and who is at work
 //! writes it again from time to time; one that was left by a killed process is soon too old to count.
+//!
+//! A process that stood still may find that its own has lapsed meanwhile. Its clock cannot tell, as that stands still too
+//! while its machine does: what counts is how far apart the store says that its object was written.
 
 use std::time::Duration;
 
@@ -13,8 +16,9 @@ use tokio::time::Instant;
 
 use crate::{Error, Objects};
 
-/// From this age on an object of a lease does not count.
-const STALE: Duration = Duration::from_secs(600);
+/// From this age on an object of a lease does not count: what a process that is gone had asked of the store has come about
+/// by then, or never does.
+pub const STALE: Duration = Duration::from_secs(600);
 /// Without having written it again for so long, one may not rely on it. So far apart from `STALE`, because a process may
 /// stand still between looking and acting.
 const LAPSE: Duration = Duration::from_secs(300);
@@ -59,6 +63,8 @@ pub(crate) struct Lease {
     objects: Objects,
     path: Path,
     renewed: Instant,
+    /// What the store had of it then.
+    written: Option<ObjectMeta>,
     /// It has to last until it is too old if nobody gives it back.
     is_left: bool,
 }
@@ -71,9 +77,10 @@ impl Lease {
         getrandom::fill(&mut name).map_err(Error::Random)?;
         let path = objects.directory(work.directory()).join(hex::encode(name));
         let deadline = Instant::now() + patience;
-        let mut lease = Self { objects: objects.clone(), path, renewed: Instant::now(), is_left: false };
+        let mut lease = Self { objects: objects.clone(), path, renewed: Instant::now(), written: None, is_left: false };
         loop {
-            lease.renew().await?;
+            lease.renewed = Instant::now();
+            lease.written = Some(lease.write().await?);
             if !lease.is_in_the_way(work.other()).await? {
                 return Ok(lease);
             }
@@ -109,46 +116,63 @@ impl Lease {
         self.objects.head(&self.path).await?.ok_or(Error::Lapsed)
     }
 
-    async fn renew(&mut self) -> Result<(), Error> {
-        let asked = Instant::now();
+    /// Writes its object. What the store has of it then.
+    async fn write(&self) -> Result<ObjectMeta, Error> {
         self.objects.put(&self.path, Vec::new()).await?;
-        self.renewed = asked;
+        self.meta().await
+    }
+
+    /// Writes it again, unless it has lapsed: after that it would look as if it had not.
+    async fn renew(&mut self) -> Result<(), Error> {
+        self.check()?;
+        // Who took it for too old has removed it.
+        self.meta().await?;
+        let asked = Instant::now();
+        let written = self.write().await?;
+        self.check_at(&written)?;
+        (self.renewed, self.written) = (asked, Some(written));
         Ok(())
     }
 
-    /// Does `work`, and renews the lease meanwhile.
+    /// Does `work`, and renews the lease meanwhile and at the end.
     pub(crate) async fn during<T>(&mut self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         tokio::pin!(work);
-        loop {
+        let done = loop {
             let next = self.renewed + RENEW;
             tokio::select! {
-                done = &mut work => {
-                    let done = done?;
-                    self.check()?;
-                    return Ok(done);
-                }
+                // Who stood still looks before anything else goes on.
+                biased;
                 () = tokio::time::sleep_until(next) => {}
+                done = &mut work => break done?,
             }
             // What it is renewed for goes on meanwhile; else a store that hangs would go unnoticed.
             let renewed = tokio::select! {
-                done = &mut work => {
-                    let done = done?;
-                    self.check()?;
-                    return Ok(done);
-                }
                 renewed = self.renew() => renewed,
+                done = &mut work => break done?,
             };
-            if let Err(error) = renewed {
-                self.check()?;
-                tracing::debug!(error = &error as &dyn std::error::Error, "a lease was not renewed; trying again");
-                tokio::time::sleep(LOOK).await;
+            match renewed {
+                Ok(()) => {}
+                Err(Error::Lapsed) => return Err(Error::Lapsed),
+                Err(error) => {
+                    self.check()?;
+                    tracing::debug!(error = &error as &dyn std::error::Error, "a lease was not renewed; trying again");
+                    tokio::time::sleep(LOOK).await;
+                }
             }
-        }
+        };
+        self.renew().await?;
+        Ok(done)
     }
 
-    /// Whether it can still be relied on.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    fn check(&self) -> Result<(), Error> {
         if self.renewed.elapsed() < LAPSE { Ok(()) } else { Err(Error::Lapsed) }
+    }
+
+    /// Whether it could still be relied on when `object` was written.
+    pub(crate) fn check_at(&self, object: &ObjectMeta) -> Result<(), Error> {
+        let written = self.written.as_ref().ok_or(Error::Lapsed)?;
+        let age = (object.last_modified - written.last_modified).to_std().unwrap_or_default();
+        if age < LAPSE { Ok(()) } else { Err(Error::Lapsed) }
     }
 
     /// From now on something is asked of the store that may come about although nobody waits for it any more: dropped,
@@ -182,3 +206,6 @@ impl Drop for Lease {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

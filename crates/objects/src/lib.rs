@@ -24,6 +24,7 @@ pub use collect::{Audit, Count};
 pub use config::Config;
 pub use error::{Error, Unreadable};
 pub use lazy::Lazy;
+pub use lease::STALE;
 pub use manifest::{Chunk, Entry, Error as ManifestError, Hash, Manifest};
 pub use store::Objects;
 pub use upload::{Base, Sent, Source};

@@ -74,13 +74,14 @@ impl Objects {
             }
             Manifest { description, files: entries }.encode().map_err(Error::Encode)
         };
-        let done = match lease.during(made).await {
-            Ok(manifest) => {
-                lease.leave_if_dropped();
-                self.put(&manifest_path, manifest).await
-            }
-            Err(error) => Err(error),
+        let done = async {
+            let manifest = lease.during(made).await?;
+            lease.leave_if_dropped();
+            self.put(&manifest_path, manifest).await?;
+            // It may have been on the way for long. One that is gone by now names nothing.
+            self.head(&manifest_path).await?.map_or(Ok(()), |written| lease.check_at(&written))
         };
+        let done = done.await;
         lease.give_back().await;
         done?;
         Ok(Sent { chunks: sent.chunks.into_inner(), bytes: sent.bytes.into_inner() })

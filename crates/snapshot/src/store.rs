@@ -271,11 +271,16 @@ impl Store {
             if let Some(unreadable) = references.unreadable() {
                 return Err(Error::Blocked(unreadable.to_owned()));
             }
-            if !references.is_used(id) {
-                fs::remove_file(&path).map_err(|source| Error::Remove { path: path.clone(), source })?;
-                collected.files += 1;
-                collected.bytes += bytes;
+            if references.is_used(id) {
+                continue;
             }
+            match fs::remove_file(&path) {
+                // Whoever collects at the same time, or wrote it and gave up, was first.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                removed => removed.map_err(|source| Error::Remove { path, source })?,
+            }
+            collected.files += 1;
+            collected.bytes += bytes;
         }
         Ok(collected)
     }

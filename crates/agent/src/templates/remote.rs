@@ -35,19 +35,20 @@ impl Agent {
     /// Uploads a template in the background, unless that was done or is not wanted.
     pub(crate) fn upload_template(&self, name: String, point: Arc<Point>) {
         let Some(objects) = self.host.objects.clone() else { return };
+        self.host.drop_note(&self::name(&name));
         if point.dir.join(UPLOADED).exists() {
             return;
         }
         let host = self.host.clone();
         self.templates.spawn(async move {
             loop {
-                match upload(&host, &objects, &name, &point).await {
-                    Ok(()) => return,
-                    Err(_) if point.is_doomed() => return,
-                    Err(error) => {
-                        warn!(template = name, error = crate::chain(&error), "the upload failed; it is tried again");
-                    }
-                }
+                let done = match upload(&host, &objects, &name, &point).await {
+                    // It may have come after it was forgotten, even if that was not seen.
+                    _ if point.is_doomed() => host.forget_upload(&self::name(&name)).await.map_err(Error::Keep),
+                    uploaded => uploaded,
+                };
+                let Err(error) = done else { return };
+                warn!(template = name, error = crate::chain(&error), "the upload failed; it is tried again");
                 tokio::time::sleep(PAUSE).await;
             }
         });
@@ -85,9 +86,6 @@ async fn upload(host: &Host, objects: &Objects, template: &str, point: &Point) -
     let name = name(template);
     let sent = objects.upload(&name, description, sources).await.map_err(Error::Objects)?;
     drop(held);
-    if point.is_doomed() {
-        return objects.forget(&name).await.map_err(Error::Objects);
-    }
     info!(template, chunks = sent.chunks, bytes = sent.bytes, "uploaded");
     fs::write(point.dir.join(UPLOADED), b"").map_err(Error::Keep)
 }

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use agent_api::{Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, SnapshotCapsuleRequest};
+use agent_api::{
+    Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, DestroyCapsuleRequest, SnapshotCapsuleRequest,
+};
 use api::CapsuleId;
 use connectrpc::ErrorCode;
 use objects::Objects;
@@ -78,6 +81,27 @@ async fn until_here(host: &Host, id: CapsuleId) {
 fn bytes_read() -> u64 {
     let io = fs::read_to_string("/proc/self/io").unwrap();
     io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
+/// Where the server has the manifest of a capsule.
+fn manifest(s3: &S3, id: CapsuleId) -> PathBuf {
+    s3.folder().join(format!("fleet/manifests/capsules/{id}"))
+}
+
+/// Makes a note one of long ago.
+fn make_old(note: &Path) {
+    let long_ago = SystemTime::now() - 2 * objects::STALE;
+    fs::File::options().write(true).open(note).unwrap().set_modified(long_ago).unwrap();
+}
+
+/// Lets the agent do what it does beside everything else until something has come of it.
+async fn until(host: &Host, is_done: impl Fn() -> bool) {
+    let done = async {
+        while !is_done() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    host.agent.clone().forget_ended(done).await;
 }
 
 /// That the object store has nothing any more.
@@ -179,8 +203,78 @@ async fn what_hibernates_takes_nothing_here_and_comes_back() {
     host.forget(id).await;
     assert_eq!(host.holds(), 0);
     s3.restart().await;
-    host.forget(CapsuleId::random()).await;
+    let manifest = manifest(&s3, id);
+    until(&host, || !manifest.exists()).await;
     nothing_is_left(&s3).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn what_is_gone_is_forgotten_whatever_comes_in_between() {
+    let mut s3 = S3::start().await;
+    let host = host(&s3).await;
+    let id = CapsuleId::random();
+    host.create(spec(id)).await.unwrap();
+    host.pause(id).await.unwrap();
+    until_uploaded(&host, id).await;
+    let manifest = manifest(&s3, id);
+    let late = fs::read(&manifest).unwrap();
+
+    // Without a note nothing goes: nobody would ask again.
+    let (notes, away) = (host.root().join("forgotten"), host.root().join("away"));
+    fs::rename(&notes, &away).unwrap();
+    let request = DestroyCapsuleRequest { id: id.to_string(), forget: true, ..Default::default() };
+    assert_eq!(host.lifecycle().destroy_capsule(request).await.unwrap_err().code, ErrorCode::Internal);
+    assert_eq!(host.listed(id).await.state, CapsuleState::Paused);
+    fs::rename(&away, &notes).unwrap();
+
+    // The agent ends before it can reach the object store.
+    s3.stop().await;
+    host.forget(id).await;
+    assert_eq!(host.holds(), 0);
+    let dir = host.leave().await;
+    s3.restart().await;
+    assert!(manifest.exists());
+    let host = Host::open_in(dir, |config| config.objects = Some(self::config(&s3))).await;
+    let note = notes.join(format!("capsules@{id}"));
+    let is_noted = || fs::read(&note).is_ok_and(|note| !note.is_empty());
+    until(&host, || !manifest.exists() && is_noted()).await;
+
+    // Its manifest was still on the way.
+    fs::create_dir_all(manifest.parent().unwrap()).unwrap();
+    fs::write(&manifest, late).unwrap();
+    make_old(&note);
+    until(&host, || !manifest.exists() && !note.exists()).await;
+    nothing_is_left(&s3).await;
+    host.close().await;
+}
+
+#[tokio::test]
+async fn a_template_that_goes_while_it_is_uploaded_is_forgotten_after_that() {
+    let mut s3 = S3::start().await;
+    let host = host(&s3).await;
+    let id = CapsuleId::random();
+    host.create(spec(id)).await.unwrap();
+    // Its lease is written, and then nothing.
+    s3.let_write(Some(1));
+    let request = SnapshotCapsuleRequest { id: id.to_string(), name: "ready".into(), ..Default::default() };
+    host.lifecycle().snapshot_capsule(request).await.unwrap();
+    s3.until_written(2).await;
+    let request = DeleteTemplateRequest { name: "ready".into(), ..Default::default() };
+    host.lifecycle().delete_template(request).await.unwrap();
+    let note = host.root().join("forgotten/templates@ready");
+    make_old(&note);
+    until(&host, || !note.exists()).await;
+
+    // It ends in an error, and its manifest comes all the same.
+    s3.stop().await;
+    until(&host, || note.exists()).await;
+    let manifest = s3.folder().join("fleet/manifests/templates/ready");
+    fs::create_dir_all(manifest.parent().unwrap()).unwrap();
+    fs::write(&manifest, b"it was on its way").unwrap();
+    s3.let_write(None);
+    s3.restart().await;
+    until(&host, || !manifest.exists()).await;
     host.close().await;
 }
 
@@ -312,7 +406,7 @@ async fn what_cannot_be_adopted_is_told_and_leaves_nothing() {
     let (one, two) = (host(&s3).await, host(&s3).await);
     assert_eq!(two.adopt(CapsuleId::random()).await.unwrap_err().code, ErrorCode::NotFound);
     let (id, _) = uploaded(&one).await;
-    let manifest = s3.folder().join(format!("fleet/manifests/capsules/{id}"));
+    let manifest = manifest(&s3, id);
     let good = fs::read(&manifest).unwrap();
     for bad in [&good[..good.len() / 2], b"", b"something else that is no manifest"] {
         fs::write(&manifest, bad).unwrap();

@@ -1,7 +1,7 @@
 use std::fs;
 use std::time::Duration;
 
-use objects::{CHUNK, Error};
+use objects::{CHUNK, Config, Error, Objects};
 
 use crate::world::{World, content};
 
@@ -73,10 +73,42 @@ async fn an_upload_that_relies_on_garbage_is_not_robbed_of_it() {
 }
 
 #[tokio::test]
+async fn an_upload_that_was_taken_for_dead_is_not_one() {
+    let world = World::s3().await;
+    let s3 = world.s3.as_ref().unwrap();
+    let mut bytes = content(1, 3, 0);
+    world.objects.upload("one", Vec::new(), vec![world.file("file", &bytes)]).await.unwrap();
+    world.objects.forget("one").await.unwrap();
+    // It finds three chunks, and stands still at the fourth.
+    bytes.extend(content(2, 1, 0));
+    s3.let_write(Some(1));
+    let before = s3.counts().0;
+    let upload = {
+        let (objects, source) = (world.objects.clone(), world.file("file", &bytes));
+        tokio::spawn(async move { objects.upload("one", Vec::new(), vec![source]).await })
+    };
+    s3.until_written(before + 2).await;
+    let lease = fs::read_dir(world.folder.join("uploads")).unwrap().next().unwrap().unwrap().path();
+    let lease = fs::File::options().write(true).open(lease).unwrap();
+    lease.set_modified(std::time::SystemTime::now() - Duration::from_secs(3600)).unwrap();
+    // Another way to the same objects, on which nothing stands still.
+    let folder = Config::parse(&format!("file://{}", world.folder.display()), []).unwrap();
+    let other = Objects::open(&folder).unwrap();
+    assert_eq!(other.collect(Duration::ZERO, Duration::ZERO).await.unwrap().objects, 3);
+    s3.let_write(None);
+    let error = upload.await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Lapsed) && error.is_passing(), "{error:?}");
+    assert!(world.objects.manifest("one").await.unwrap().is_none());
+    world.objects.upload("one", Vec::new(), vec![world.source("file")]).await.unwrap();
+    assert_eq!(world.downloaded("one", "file").await.unwrap(), bytes);
+}
+
+#[tokio::test]
 async fn a_collection_gives_up_while_an_upload_may_be_under_way() {
     let world = World::s3().await;
     let s3 = world.s3.as_ref().unwrap();
-    for (passes, is_left) in [(1, false), (2, true)] {
+    // The second time all but the manifest: lease, chunk, and the lease again.
+    for (passes, is_left) in [(1, false), (3, true)] {
         let before = s3.counts().0;
         s3.let_write(Some(passes));
         let upload = {

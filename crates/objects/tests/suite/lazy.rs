@@ -1,5 +1,7 @@
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +11,30 @@ use tokio::runtime::Handle;
 use crate::world::{World, content};
 
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A file system with nothing left on it, unmounted when dropped.
+struct Full(PathBuf);
+
+impl Full {
+    fn mount(at: PathBuf) -> Self {
+        fs::create_dir_all(&at).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", &at, "tmpfs", flags, Some(c"size=8m")).unwrap();
+        let full = fs::write(at.join("other"), vec![1; 16 << 20]).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+        Self(at)
+    }
+
+    fn make_room(&self) {
+        fs::remove_file(self.0.join("other")).unwrap();
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
 
 async fn uploaded(world: &World) -> (Vec<u8>, Manifest) {
     let bytes = content(1, 4, 500);
@@ -107,4 +133,33 @@ async fn who_waits_for_a_store_that_is_gone_is_told() {
     assert!(matches!(error, Error::Missing(_)), "{error:?}");
     assert!(matches!(fill(&lazy).await.unwrap_err(), Error::Missing(_)));
     assert!(lazy.is_present(0, 0..1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_no_room_comes_once_it_has() {
+    let world = World::s3().await;
+    let (bytes, manifest) = uploaded(&world).await;
+    let full = Full::mount(world.dir.path().join("lazy"));
+    let lazy = open(&world, &manifest);
+    let before = world.s3.as_ref().unwrap().counts().1;
+    let filling = {
+        let lazy = lazy.clone();
+        tokio::spawn(async move { fill(&lazy).await })
+    };
+    // It fetches three at once: with the fourth, one of them has found the disk full.
+    while world.s3.as_ref().unwrap().counts().1 < before + 4 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let error = fetch(&lazy, 0..1, Duration::ZERO).await.unwrap_err();
+    assert!(matches!(&error, Error::File { source, .. } if source.kind() == io::ErrorKind::StorageFull), "{error:?}");
+    let waiting = {
+        let lazy = lazy.clone();
+        tokio::spawn(async move { fetch(&lazy, 0..1, PATIENCE).await })
+    };
+    // Until it has most likely found the disk full too.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    full.make_room();
+    waiting.await.unwrap().unwrap();
+    filling.await.unwrap().unwrap();
+    assert_eq!(fs::read(world.dir.path().join("lazy/file")).unwrap(), bytes);
 }

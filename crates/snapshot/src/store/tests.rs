@@ -386,6 +386,25 @@ fn pauses_merges_and_collections_at_once_lose_nothing() {
 }
 
 #[test]
+fn collections_at_once_leave_each_other_alone() {
+    let machine = machine();
+    for _ in 0..4000 {
+        fs::write(machine.store.generations().join(random_id().unwrap().to_string()), "garbage").unwrap();
+    }
+    let (threads, garbage) = (4, machine.files());
+    let together = std::sync::Barrier::new(threads);
+    let collected = std::thread::scope(|scope| {
+        let collect = || {
+            together.wait();
+            machine.store.collect().unwrap().files
+        };
+        let collections: Vec<_> = (0..threads).map(|_| scope.spawn(collect)).collect();
+        collections.into_iter().map(|collection| collection.join().unwrap()).sum::<u64>()
+    });
+    assert_eq!((collected, machine.files()), (garbage as u64, 0));
+}
+
+#[test]
 fn a_header_that_cannot_be_read_keeps_everything() {
     let machine = machine();
     let mut guest = machine.guest("header", 32);

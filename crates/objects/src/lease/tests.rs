@@ -1,0 +1,58 @@
+use super::*;
+use crate::Config;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A lease, and the folder that it is in.
+async fn lease() -> (Lease, tempfile::TempDir) {
+    let dir = tempfile::TempDir::with_prefix("wrenn-objects-").unwrap();
+    let config = Config::parse(&format!("file://{}", dir.path().display()), []).unwrap();
+    let lease = Lease::take(&Objects::open(&config).unwrap(), Work::Upload, Duration::ZERO).await;
+    (lease.unwrap(), dir)
+}
+
+async fn is_lapsed(mut lease: Lease) -> bool {
+    match lease.during(async { Ok(()) }).await {
+        Err(Error::Lapsed) => true,
+        done => done.map(|()| false).unwrap(),
+    }
+}
+
+#[tokio::test]
+async fn what_is_renewed_in_time_does_not_lapse() {
+    let (mut lease, _dir) = lease().await;
+    lease.renewed -= RENEW;
+    lease.written.as_mut().unwrap().last_modified -= RENEW;
+    let renewed = lease.renewed;
+    lease.during(async { Ok(()) }).await.unwrap();
+    assert!(lease.renewed > renewed);
+    assert!(!is_lapsed(lease).await);
+}
+
+#[tokio::test]
+async fn a_process_that_stood_still_does_not_renew_what_lapsed() {
+    let (mut lease, _dir) = lease().await;
+    lease.renewed -= HOUR;
+    // It has more to do than renewing takes.
+    let work = async {
+        tokio::time::sleep(LOOK).await;
+        Ok(())
+    };
+    let done = lease.during(work).await;
+    assert!(matches!(done, Err(Error::Lapsed)), "{done:?}");
+}
+
+#[tokio::test]
+async fn a_machine_that_stood_still_is_told_by_the_clock_of_the_store() {
+    let (mut lease, _dir) = self::lease().await;
+    lease.written.as_mut().unwrap().last_modified -= HOUR;
+    assert!(matches!(lease.check_at(&lease.meta().await.unwrap()), Err(Error::Lapsed)));
+    assert!(is_lapsed(lease).await);
+}
+
+#[tokio::test]
+async fn what_another_has_removed_is_not_written_again() {
+    let (lease, _dir) = lease().await;
+    lease.objects.delete(&lease.path).await.unwrap();
+    assert!(is_lapsed(lease).await);
+}
