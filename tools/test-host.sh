@@ -5,8 +5,8 @@
 # There are two such hosts, of one processor each: one with two stood still in the middle of a run, as both took exceptions
 # without end, it seems at code that Linux had patched on the other. Each has its part of the tests. Results are in TARGET/host:
 # junit-PART.xml, console-PART.log, dmesg-PART and the version of Firecracker. Ends as the suite does.
-# One that says nothing for five minutes stands still, whatever its tests do: it is turned off, after stalled-PART.log has
-# where its processor was, and turned on anew, once.
+# One whose clock is wrong is turned on anew. So is one that says nothing for five minutes: it stands still, whatever its tests
+# do, and stalled-PART.log has where its processor was.
 # WRENN_HOST_SCOPE is what of the workspace was built, as cargo says it; by default all of it, as `make test` does.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -80,10 +80,10 @@ mkfs.ext4 -q -F -m 0 -E lazy_itable_init=0 -O ^has_journal -d "$host" "$work/hos
 rm -rf "$host"
 
 disk() { echo "-drive if=none,format=raw,cache=unsafe,discard=unmap,id=$1,file=$2,snapshot=$3 -device virtio-blk-pci,drive=$1"; }
-# Turns an emulated host on until it is done, or stands still. EPYC-v3 has what KVM and Firecracker ask of a processor; of
-# the rest, which is not emulated, QEMU would warn.
+# Turns an emulated host on until it is done; 75 if that has to be tried again. EPYC-v3 has what KVM and Firecracker ask of a
+# processor; of the rest, which is not emulated, QEMU would warn.
 run() {
-  local part=$1 console=$out/console-$1.log monitor=$work/monitor-$1 qemu
+  local part=$1 console=$out/console-$1.log monitor=$work/monitor-$1 qemu stalled=
   rm -f "$work"/{scratch,results}-"$part" "$monitor".*
   mkfifo "$monitor".{in,out}
   : >"$console"
@@ -102,19 +102,24 @@ run() {
     [ $(($(date +%s) - $(stat -c %Y "$console"))) -lt 300 ] && continue
     for _ in 1 2 3; do printf 'info registers\nx /16i $rip\nx /32gx $rsp\n' 1<>"$monitor.in"; sleep 1; done
     timeout 2 cat "$monitor.out" >"$out/stalled-$part.log" || true
+    echo "FLAKY: the emulated host stands still; see $out/stalled-$part.log" >&2
+    stalled=yes
     kill "$qemu"
   done
   wait "$qemu" || true
+  [ -z "$stalled" ] || return 75
   mkdir -p "$work/$part"
-  tar -C "$work/$part" -xf "$work/results-$part" 2>/dev/null || true
-  [ -e "$work/$part/status" ]
+  tar -C "$work/$part" -xf "$work/results-$part" 2>/dev/null || return 1
+  [ "$(cat "$work/$part/status")" != 75 ] || return 75
 }
 
 # An emulated host, and what came of it.
 emulate() {
-  local part=$1
-  run "$part" || { [ -e "$out/stalled-$part.log" ] && echo "FLAKY: the emulated host stood still; see $out/stalled-$part.log" >&2 && run "$part"; } ||
-    { echo "the emulated host ended without results; see $out/console-$part.log" >&2; return; }
+  local part=$1 tries=0
+  until run "$part"; do
+    [ $? = 75 ] && [ $((tries += 1)) -lt 5 ] ||
+      { echo "the emulated host ended without results; see $out/console-$part.log" >&2; rm -rf "${work:?}/$part"; return; }
+  done
   cp "$work/$part/version" "$out/"
   cp "$work/$part/dmesg" "$out/dmesg-$part"
   cp "$work/$part/junit.xml" "$out/junit-$part.xml" 2>/dev/null || true
