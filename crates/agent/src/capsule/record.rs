@@ -1,8 +1,8 @@
 //! The record of a capsule: a small JSON file in its directory that names what it holds, written before it is acquired.
 //!
 //! Most of it is written to survive this process, not the machine: after a power cut no namespace, process or claim is
-//! left, so a record that was lost with it is missed by nobody. What says that a capsule is paused, or no longer, is
-//! written with [`Journal::commit`] and survives that too.
+//! left, so what was recorded last is missed by nobody. What says that a capsule is paused, or no longer, is written with
+//! [`Journal::commit`] and survives that too. Whatever is lost, some whole record is there.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -139,11 +139,14 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Reads the record in `dir`; `None` when there is none that can be read.
-    pub fn open(dir: PathBuf) -> Option<Self> {
-        let text = std::fs::read(dir.join(RECORD)).ok()?;
-        let record = serde_json::from_slice(&text).ok()?;
-        Some(Self { dir, record })
+    /// Reads the record in `dir`; `None` when there is none. One that cannot be read may be of a capsule that is paused.
+    pub fn open(dir: PathBuf) -> io::Result<Option<Self>> {
+        let text = match std::fs::read(dir.join(RECORD)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            text => text?,
+        };
+        let record = serde_json::from_slice(&text)?;
+        Ok(Some(Self { dir, record }))
     }
 
     /// The capsule's directory.
@@ -177,9 +180,8 @@ impl Journal {
         let new = self.dir.join("record.json.new");
         let mut file = File::create(&new)?;
         file.write_all(&text)?;
-        if durable {
-            file.sync_all()?;
-        }
+        // Or the rename may survive a power cut, and what was written not: it takes the place of a record that was durable.
+        file.sync_all()?;
         std::fs::rename(new, self.dir.join(RECORD))?;
         if durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
     }

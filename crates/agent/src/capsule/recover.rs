@@ -10,6 +10,8 @@
 //! | running, pausing | else | given back: the guest is gone |
 //! | paused | | paused; what still runs of it is ended |
 //! | resuming | | paused, with the disk that the pause had |
+//! | nothing: there is none | | given back |
+//! | nothing that can be read | | left alone: it may be paused. Nothing of it runs, and the audit names it |
 
 use std::collections::HashSet;
 use std::io;
@@ -52,7 +54,9 @@ pub enum Error {
 enum Found {
     Running(Journal, Running),
     Paused(Journal),
-    Garbage(PathBuf),
+    Garbage(PathBuf, Option<Journal>),
+    /// What it is cannot be told, so its directory stays. Why was logged.
+    Unknown,
 }
 
 /// Takes over or gives back everything an earlier agent had, and hands out the capsules that are there.
@@ -64,7 +68,8 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         match find(host, entry.map_err(Error::Read)?.path()).await {
             Found::Running(journal, found) => running.push((journal, found)),
             Found::Paused(journal) => paused.push(journal),
-            Found::Garbage(dir) => garbage.push(dir),
+            Found::Garbage(dir, journal) => garbage.push((dir, journal)),
+            Found::Unknown => {}
         }
     }
     let known: HashSet<CapsuleId> = running.iter().map(|(journal, _)| journal.record().spec.id).collect();
@@ -75,12 +80,11 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
             cgroup.remove().await.map_err(Error::Processes)?;
         }
     }
-    for dir in garbage {
+    for (dir, journal) in garbage {
         let Some(id) = dir.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) else {
             warn!(dir = %dir.display(), "this is not a capsule's directory; it is left alone");
             continue;
         };
-        let journal = Journal::open(dir.clone());
         let released = release(host, id, &dir, journal.as_ref().map(Journal::record)).await;
         for error in released.err().unwrap_or_default() {
             error!(dir = %dir.display(), error = crate::chain(&error), "left behind by an earlier run, and still there");
@@ -157,20 +161,27 @@ pub fn pause_again(journal: &mut Journal) -> io::Result<()> {
 
 /// What is in `dir`.
 async fn find(host: &Arc<Host>, dir: PathBuf) -> Found {
-    let Some(mut journal) = Journal::open(dir.clone()) else { return Found::Garbage(dir) };
+    let mut journal = match Journal::open(dir.clone()) {
+        Ok(Some(journal)) => journal,
+        Ok(None) => return Found::Garbage(dir, None),
+        Err(error) => {
+            error!(dir = %dir.display(), %error, "a capsule's record cannot be read; its directory is left alone");
+            return Found::Unknown;
+        }
+    };
     match journal.record().phase {
-        Phase::Starting | Phase::Stopping => Found::Garbage(dir),
+        Phase::Starting | Phase::Stopping => Found::Garbage(dir, Some(journal)),
         Phase::Paused | Phase::Resuming => Found::Paused(journal),
         Phase::Running | Phase::Pausing => {
             if let Some(running) = takeover(host, &journal).await {
                 return match go_on(&mut journal, &running).await {
                     true => Found::Running(journal, running),
-                    false => Found::Garbage(dir),
+                    false => Found::Garbage(dir, Some(journal)),
                 };
             }
             match finish(&mut journal) {
                 true => Found::Paused(journal),
-                false => Found::Garbage(dir),
+                false => Found::Garbage(dir, Some(journal)),
             }
         }
     }

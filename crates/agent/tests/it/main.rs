@@ -7,6 +7,7 @@ mod endurance;
 mod killed;
 mod pause;
 mod points;
+mod record;
 mod remote;
 mod room;
 mod start;
