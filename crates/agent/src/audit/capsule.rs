@@ -28,7 +28,8 @@ impl Walk {
             }
             Err(error) => {
                 self.refer_all(dir);
-                let why = format!("the capsule's record cannot be read ({error}); the agent leaves its directory alone");
+                let why =
+                    format!("the capsule's record cannot be read ({error}); the agent leaves its directory alone");
                 return self.find(&dir.join(RECORD), Kind::Capsule, Verdict::Broken, why);
             }
         };

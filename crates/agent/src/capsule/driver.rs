@@ -335,7 +335,7 @@ impl Driver {
     async fn put_aside(&mut self) {
         let id = self.journal.record().spec.id;
         match stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
-            // Recorded or not: what is gone is given back again without harm.
+            // Written or not: what is gone is given back again without harm.
             Ok(()) => {
                 self.promise = None;
                 let _ = self.stopped(|_| {});
@@ -467,9 +467,9 @@ impl Driver {
         Ok(())
     }
 
-    /// Records that nothing runs.
+    /// Notes that nothing runs.
     fn stopped(&mut self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
-        self.journal.update(|record| {
+        self.journal.note(|record| {
             record.slot = None;
             record.vmm = None;
             record.pager = None;

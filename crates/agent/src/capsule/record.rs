@@ -142,7 +142,9 @@ impl Journal {
     /// Reads the record in `dir`; `None` when there is none. One that cannot be read may be of a capsule that is paused.
     pub fn open(dir: PathBuf) -> io::Result<Option<Self>> {
         let text = match std::fs::read(dir.join(RECORD)) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
             text => text?,
         };
         let record = serde_json::from_slice(&text)?;
@@ -167,6 +169,13 @@ impl Journal {
     /// As [`update`](Self::update), and durable when it returns. When it fails, either may be on disk.
     pub fn commit(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
         self.change(change, true)
+    }
+
+    /// Changes the record here, and on disk if that can be: for what is so whether or not it is written. The next write
+    /// says it too.
+    pub fn note(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        change(&mut self.record);
+        self.write(false)
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Record), durable: bool) -> io::Result<()> {

@@ -150,13 +150,15 @@ pub fn pause_again(journal: &mut Journal) -> io::Result<()> {
         }
     }
     let is_change = journal.record().phase != Phase::Paused;
-    journal.commit(|record| {
+    // It is so, and the next agent comes to the same without being told.
+    let noted = journal.note(|record| {
         record.phase = Phase::Paused;
         record.slot = None;
         record.vmm = None;
         record.pager = None;
         record.generation += u64::from(is_change);
-    })
+    });
+    noted.and_then(|()| files::sync(journal.dir()))
 }
 
 /// What is in `dir`.
@@ -174,14 +176,23 @@ async fn find(host: &Arc<Host>, dir: PathBuf) -> Found {
         Phase::Paused | Phase::Resuming => Found::Paused(journal),
         Phase::Running | Phase::Pausing => {
             if let Some(running) = takeover(host, &journal).await {
-                return match go_on(&mut journal, &running).await {
+                if let Err(error) = undo_pause(host, &mut journal) {
+                    let error = crate::chain(&error);
+                    error!(dir = %dir.display(), error, "a pause that may be whole cannot be undone; it is left alone");
+                    return Found::Unknown;
+                }
+                return match go_on(&journal, &running).await {
                     true => Found::Running(journal, running),
                     false => Found::Garbage(dir, Some(journal)),
                 };
             }
             match finish(&mut journal) {
-                true => Found::Paused(journal),
-                false => Found::Garbage(dir, Some(journal)),
+                Ok(true) => Found::Paused(journal),
+                Ok(false) => Found::Garbage(dir, Some(journal)),
+                Err(error) => {
+                    error!(dir = %dir.display(), %error, "it cannot be told whether a pause is whole; it is left alone");
+                    Found::Unknown
+                }
             }
         }
     }
@@ -208,20 +219,24 @@ async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
     Some(Running { process, pager, guest })
 }
 
-/// Makes sure that the guest runs, whatever the earlier agent was doing with it. False when that cannot be.
-async fn go_on(journal: &mut Journal, running: &Running) -> bool {
-    let id = journal.record().spec.id;
-    if journal.record().phase == Phase::Pausing {
-        // What was saved by then is not taken for a pause any more.
-        let recorded = journal.update(|record| {
-            record.phase = Phase::Running;
-            record.generation += 1;
-        });
-        if let Err(error) = recorded {
-            error!(capsule = %id, %error, "writing the record of a capsule that was being paused");
-            return false;
-        }
+/// Sees to it that what was saved of a guest that is about to go on is not taken for a pause any more.
+fn undo_pause(host: &Host, journal: &mut Journal) -> Result<(), snapshot::Error> {
+    if journal.record().phase != Phase::Pausing {
+        return Ok(());
     }
+    let noted = journal.note(|record| {
+        record.phase = Phase::Running;
+        record.generation += 1;
+    });
+    let Err(error) = noted else { return Ok(()) };
+    error!(capsule = %journal.record().spec.id, %error, "writing the record of a capsule that was being paused");
+    // As long as the record says that, it is one if its header is there.
+    host.memory.remove(&journal.dir().join(files::memory(journal.record().snapshots)))
+}
+
+/// Makes sure that the guest runs, whatever the earlier agent was doing with it. False when that cannot be.
+async fn go_on(journal: &Journal, running: &Running) -> bool {
+    let id = journal.record().spec.id;
     let resumed = async {
         let client = running.client().await?;
         if client.instance_info().await?.state == VmState::Paused {
@@ -240,13 +255,18 @@ async fn go_on(journal: &mut Journal, running: &Running) -> bool {
     true
 }
 
-/// Completes a pause whose snapshot is whole, but which no record speaks of yet.
-fn finish(journal: &mut Journal) -> bool {
+/// Completes a pause whose snapshot is whole, but which no record speaks of yet. False when there is none.
+fn finish(journal: &mut Journal) -> io::Result<bool> {
     let record = journal.record();
     let number = record.snapshots;
-    if record.phase != Phase::Pausing || !journal.dir().join(files::memory(number)).exists() {
-        return false;
+    if record.phase != Phase::Pausing || !journal.dir().join(files::memory(number)).try_exists()? {
+        return Ok(false);
     }
-    let Ok(state) = files::digest(&journal.dir().join(files::state(number))) else { return false };
-    journal.update(|record| record.base = Base::Snapshot(Saved { number, state })).is_ok()
+    let state = match files::digest(&journal.dir().join(files::state(number))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        digest => digest?,
+    };
+    // Written with what follows, or found again by the next agent.
+    let _ = journal.note(|record| record.base = Base::Snapshot(Saved { number, state }));
+    Ok(true)
 }
