@@ -9,7 +9,7 @@ use api::CapsuleId;
 use api::egress::Cidr;
 use disk::{Attached, Backend, Disks, ImageName};
 use network::slot::Slot;
-use network::{Network, Traffic};
+use network::{Claim, Network, Traffic};
 use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
@@ -268,8 +268,13 @@ impl Host {
     }
 
     /// Claims a network slot, one that is ready if there is one.
-    pub fn claim_slot(&self) -> Result<Slot, network::Error> {
+    pub fn claim_slot(&self) -> Result<Claim, network::Error> {
         self.network.claim()
+    }
+
+    /// The claim to a slot that an earlier agent had, for the capsule that runs on in it.
+    pub fn take_over_slot(&self, slot: Slot) -> Result<Claim, network::Error> {
+        self.network.take_over(slot)
     }
 
     /// Makes the network of a claimed slot, if it was not ready.
@@ -295,11 +300,11 @@ impl Host {
     }
 
     /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.
-    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+    pub fn destroy_network(&self, claim: Claim) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let (network, egress) = (self.network.clone(), self.egress.clone());
         blocking(move || {
-            egress.end(slot);
-            network.give_back(slot)
+            egress.end(claim.slot());
+            network.give_back(claim)
         })
     }
 

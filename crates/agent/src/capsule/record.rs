@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use api::egress::Policy;
+use network::Claim;
 use network::slot::Slot;
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
@@ -102,11 +103,13 @@ impl Record {
     }
 }
 
-/// A record and the directory it lies in.
+/// A record, the directory it lies in, and the claim to the slot that it names.
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
     record: Record,
+    /// None of a slot that an earlier agent claimed, until that is taken over.
+    claim: Option<Claim>,
 }
 
 impl Journal {
@@ -134,7 +137,7 @@ impl Journal {
     /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there.
     pub fn create_with(dir: PathBuf, record: Record) -> io::Result<Self> {
         std::fs::create_dir(&dir)?;
-        let journal = Self { dir, record };
+        let journal = Self { dir, record, claim: None };
         journal.write(false)?;
         Ok(journal)
     }
@@ -148,7 +151,7 @@ impl Journal {
             text => text?,
         };
         let record = serde_json::from_slice(&text)?;
-        Ok(Some(Self { dir, record }))
+        Ok(Some(Self { dir, record, claim: None }))
     }
 
     /// The capsule's directory.
@@ -159,6 +162,22 @@ impl Journal {
     /// What is recorded.
     pub fn record(&self) -> &Record {
         &self.record
+    }
+
+    /// The claim to the capsule's slot.
+    pub fn claim(&self) -> Option<Claim> {
+        self.claim
+    }
+
+    /// Keeps the claim to the slot that the record names, or is about to.
+    pub fn hold(&mut self, claim: Claim) {
+        self.claim = Some(claim);
+    }
+
+    /// Forgets the slot, which is given back: soon it is another's. To be written with what is written next.
+    pub fn let_go(&mut self) {
+        self.claim = None;
+        self.record.slot = None;
     }
 
     /// Changes the record, on disk first: when that fails it is as it was.

@@ -80,20 +80,20 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
             cgroup.remove().await.map_err(Error::Processes)?;
         }
     }
-    for (dir, journal) in garbage {
+    for (dir, mut journal) in garbage {
         let Some(id) = dir.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) else {
             warn!(dir = %dir.display(), "this is not a capsule's directory; it is left alone");
             continue;
         };
-        let released = release(host, id, &dir, journal.as_ref().map(Journal::record)).await;
+        let released = release(host, id, &dir, journal.as_mut()).await;
         for error in released.err().unwrap_or_default() {
             error!(dir = %dir.display(), error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
         info!(dir = %dir.display(), "gave back what an earlier run left");
     }
     for journal in &mut paused {
-        let id = journal.record().spec.id;
-        for error in stop(host, id, journal.dir(), Some(journal.record())).await.err().unwrap_or_default() {
+        let (id, dir) = (journal.record().spec.id, journal.dir().to_owned());
+        for error in stop(host, id, &dir, Some(journal)).await.err().unwrap_or_default() {
             error!(capsule = %id, error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
         if let Err(error) = pause_again(journal) {
@@ -112,6 +112,16 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         point::discard(&host.memory, &entry.map_err(Error::Read)?.path());
     }
     collect(&host.memory);
+    for (journal, _) in &mut running {
+        let Record { spec, slot, .. } = journal.record();
+        match slot.map(|slot| host.take_over_slot(slot)) {
+            Some(Ok(claim)) => journal.hold(claim),
+            Some(Err(error)) => {
+                error!(capsule = %spec.id, error = crate::chain(&error), "it will not give back its slot")
+            }
+            None => {}
+        }
+    }
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
     host.sweep_networks(&keep).map_err(Error::Network)?;
     let disks: Vec<_> = running.iter().map(|(journal, _)| journal.dir().join(files::DISK)).collect();

@@ -10,4 +10,5 @@ mod points;
 mod record;
 mod remote;
 mod room;
+mod slots;
 mod start;
