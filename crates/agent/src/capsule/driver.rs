@@ -46,6 +46,8 @@ struct Driver {
     merge: Option<(Arc<AtomicBool>, tokio::task::JoinHandle<()>)>,
     /// Puts what is paused into the object store.
     upload: Option<tokio::task::JoinHandle<u32>>,
+    /// How long the next of these waits before it begins.
+    upload_pause: Duration,
     /// Before that a memory that has come is not taken over.
     complete_after: Option<tokio::time::Instant>,
     /// Last, so that it is dropped last: who sees it closed knows that `host` is let go.
@@ -121,6 +123,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState, promise: Option<
         promise,
         merge: None,
         upload: None,
+        upload_pause: Duration::ZERO,
         complete_after: None,
         observed,
     };

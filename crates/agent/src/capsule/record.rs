@@ -134,12 +134,19 @@ impl Journal {
         Self::create_with(dir, record)
     }
 
-    /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there.
+    /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there. When it fails
+    /// otherwise there is none.
     pub fn create_with(dir: PathBuf, record: Record) -> io::Result<Self> {
         std::fs::create_dir(&dir)?;
         let journal = Self { dir, record, claim: None };
-        journal.write(false)?;
-        Ok(journal)
+        match journal.write(false) {
+            Ok(()) => Ok(journal),
+            Err(error) => {
+                // Nobody could try again before the next start of the agent.
+                std::fs::remove_dir_all(&journal.dir)?;
+                Err(error)
+            }
+        }
     }
 
     /// Reads the record in `dir`; `None` when there is none. One that cannot be read may be of a capsule that is paused.

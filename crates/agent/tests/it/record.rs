@@ -1,14 +1,21 @@
 //! Records that cannot be read or written: no capsule is lost with its record.
 
+use std::collections::HashSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent::audit::{Kind, Verdict};
+use agent::capsule::record::Journal;
+use agent::capsule::{Spec, remote};
 use agent_api::{CapsuleState, ListCapsulesRequest};
 use api::CapsuleId;
+use api::egress::Policy;
 use connectrpc::ErrorCode;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::common::{Host, root, spec};
 use crate::pause::{ASK, KEEPER};
@@ -51,6 +58,64 @@ async fn a_capsule_whose_record_cannot_be_read_is_left_alone() {
     for (id, secret) in ids.into_iter().zip(secrets) {
         host.resume(id).await.unwrap();
         assert_eq!(host.sh(id, ASK).await, secret);
+    }
+    host.close().await;
+}
+
+#[test]
+fn a_record_that_could_not_be_written_leaves_no_directory() {
+    // With room for a directory, and for no file in it.
+    let dir = TempDir::with_prefix("wrenn-agent-").unwrap();
+    let place = dir.path().join("full");
+    fs::create_dir(&place).unwrap();
+    mount("none", &place, "tmpfs", MountFlags::empty(), Some(c"nr_inodes=2")).unwrap();
+    let made = Journal::create(place.join("capsule"), own_spec(), Policy::default(), String::new());
+    let is_left = place.join("capsule").exists();
+    unmount(&place, UnmountFlags::DETACH).unwrap();
+    assert_eq!(made.unwrap_err().kind(), ErrorKind::StorageFull);
+    assert!(!is_left);
+}
+
+/// What an agent has of [`spec`].
+fn own_spec() -> Spec {
+    Spec {
+        id: CapsuleId::random(),
+        image: "minimal".into(),
+        vcpus: 1,
+        memory_mib: 256,
+        disk_mib: 5120,
+        timeout_sec: 0,
+        default_env: Default::default(),
+        template_id: String::new(),
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_cannot_be_recorded_is_not_repeated_without_end() {
+    let objects = TempDir::with_prefix("wrenn-objects-").unwrap();
+    let address = format!("file://{}", objects.path().display());
+    let host = Host::open(|config| config.objects = Some(objects::Config::parse(&address, []).unwrap())).await;
+    let (id, _) = keeper(&host).await;
+    host.pause(id).await.unwrap();
+    let new = block(&host.capsule(id));
+    let manifest = objects.path().join("manifests").join(remote::name(id));
+    let written = || fs::metadata(&manifest).and_then(|file| file.modified()).ok();
+    while written().is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // How often it is written during some commands in another capsule.
+    let (other, _) = keeper(&host).await;
+    let mut times = HashSet::new();
+    for _ in 0..100 {
+        times.extend(written());
+        host.sh(other, "true").await;
+    }
+    assert!(!host.listed(id).await.uploaded);
+    assert!(times.len() < 10, "it was uploaded {} times", times.len());
+    // And then it is.
+    fs::remove_dir(new).unwrap();
+    while !host.listed(id).await.uploaded {
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     host.close().await;
 }
