@@ -183,7 +183,7 @@ enum Error {
 async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> {
     let mut journal = begin(host, image, sizes)?;
     let made = capture(host, &mut journal).await;
-    end(host, &journal).await;
+    end(host, &mut journal).await;
     let (name, point) = made?;
     let mut journal = begin(host, image, sizes)?;
     let rehearsed = rehearse(host, &mut journal, &point).await;
@@ -191,7 +191,7 @@ async fn make(host: &Arc<Host>, image: &str, sizes: Sizes) -> Result<(), Error> 
         Ok(()) => drop(host.boots.lock().points.insert(name, point)),
         Err(_) => point.doom(),
     }
-    end(host, &journal).await;
+    end(host, &mut journal).await;
     Ok(rehearsed?)
 }
 
@@ -213,9 +213,9 @@ fn begin(host: &Host, image: &str, sizes: Sizes) -> Result<Journal, Error> {
     Journal::create(host.passing(), spec, Policy::default(), token).map_err(Error::Prepare)
 }
 
-async fn end(host: &Host, journal: &Journal) {
-    let record = journal.record();
-    let released = release(host, record.spec.id, journal.dir(), Some(record)).await;
+async fn end(host: &Host, journal: &mut Journal) {
+    let (id, dir) = (journal.record().spec.id, journal.dir().to_owned());
+    let released = release(host, id, &dir, Some(journal)).await;
     for error in released.err().unwrap_or_default() {
         warn!(error = crate::chain(&error), "left behind by a boot snapshot");
     }

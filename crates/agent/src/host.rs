@@ -9,7 +9,7 @@ use api::CapsuleId;
 use api::egress::Cidr;
 use disk::{Attached, Backend, Disks, ImageName};
 use network::slot::Slot;
-use network::{Network, Traffic};
+use network::{Claim, Network, Traffic};
 use objects::Objects;
 use sha2::{Digest, Sha256};
 use snapshot::Store;
@@ -268,8 +268,13 @@ impl Host {
     }
 
     /// Claims a network slot, one that is ready if there is one.
-    pub fn claim_slot(&self) -> Result<Slot, network::Error> {
+    pub fn claim_slot(&self) -> Result<Claim, network::Error> {
         self.network.claim()
+    }
+
+    /// The claim to a slot that an earlier agent had, for the capsule that runs on in it.
+    pub fn take_over_slot(&self, slot: Slot) -> Result<Claim, network::Error> {
+        self.network.take_over(slot)
     }
 
     /// Makes the network of a claimed slot, if it was not ready.
@@ -295,11 +300,11 @@ impl Host {
     }
 
     /// Takes a slot back, for the next or to be removed. No process of the capsule may be left.
-    pub fn destroy_network(&self, slot: Slot) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
+    pub fn destroy_network(&self, claim: Claim) -> impl Future<Output = Result<(), network::Error>> + Send + use<> {
         let (network, egress) = (self.network.clone(), self.egress.clone());
         blocking(move || {
-            egress.end(slot);
-            network.give_back(slot)
+            egress.end(claim.slot());
+            network.give_back(claim)
         })
     }
 
@@ -407,20 +412,22 @@ pub fn collect(memory: &Store) {
 }
 
 /// Removes the images of earlier runs that no template, capsule or point names any more. Whole disks that came of them do not
-/// need them, but uploads of those do.
+/// need them, but uploads of those do. While there is a record that cannot be read, nobody knows what it names, and all stay.
 fn collect_images(root: &Path, named: &BTreeMap<String, PathBuf>) -> std::io::Result<()> {
     let dirs = DIRS.iter().flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten());
-    let image = |entry: std::fs::DirEntry| match Journal::open(entry.path()) {
-        Some(journal) => journal.record().image.clone(),
-        None => Meta::read(&entry.path())?.image,
-    };
-    let under_disks: HashSet<String> = dirs
-        .flat_map(|entry| {
-            // A copy-on-write disk cannot be read without its image.
-            let under = disk::image_under(&entry.path().join(files::DISK)).ok().flatten();
-            image(entry).into_iter().chain(under)
-        })
-        .collect();
+    let mut under_disks = HashSet::new();
+    for entry in dirs {
+        // A copy-on-write disk cannot be read without its image.
+        under_disks.extend(disk::image_under(&entry.path().join(files::DISK)).ok().flatten());
+        under_disks.extend(match Journal::open(entry.path()) {
+            Ok(Some(journal)) => journal.record().image.clone(),
+            Ok(None) => Meta::read(&entry.path()).and_then(|meta| meta.image),
+            Err(error) => {
+                warn!(dir = %entry.path().display(), %error, "images stay: this capsule's record cannot be read");
+                return Ok(());
+            }
+        });
+    }
     for entry in std::fs::read_dir(root.join(audit::IMAGES))? {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };

@@ -55,6 +55,7 @@ use claims::Claims;
 use firewall::Firewall;
 use namespace::Fittings;
 pub use policy::Policy;
+pub use pool::Claim;
 use pool::Pool;
 pub use ranges::Range;
 pub use slot::Slot;
@@ -190,9 +191,15 @@ impl Network {
     }
 
     /// Claims a slot: one that was made ahead, or the lowest free one of the machine. It is this instance's, across restarts,
-    /// until it is given back or destroyed.
-    pub fn claim(&self) -> Result<Slot, Error> {
+    /// until it is given back.
+    pub fn claim(&self) -> Result<Claim, Error> {
         self.pool.claim()
+    }
+
+    /// The same of a slot that an earlier process of this instance claimed, for who has taken over what is in it. Nobody else
+    /// may have it.
+    pub fn take_over(&self, slot: Slot) -> Result<Claim, Error> {
+        self.pool.take_over(slot)
     }
 
     /// Makes everything of a claimed slot, or nothing. One that was made ahead is there already.
@@ -214,19 +221,12 @@ impl Network {
         namespace::look_at_tap(slot).map_err(|source| Error::Attached { slot, source })
     }
 
-    /// Takes a slot back, which is then nobody's: it is cleaned for the next or removed, in the background. Nothing happens to
-    /// one that is not ours. No process may be in its namespace.
-    pub fn give_back(&self, slot: Slot) -> Result<(), Error> {
-        if self.pool.give_back(slot)? { Ok(()) } else { self.destroy(slot) }
-    }
-
-    /// Removes everything of a slot and then its claim. Nothing happens to what is not there, and to a slot that is
-    /// not ours. Every step is tried; the claim stays if one failed.
+    /// Takes a slot back, which is then nobody's: it is cleaned for the next or removed, in the background where slots are made
+    /// ahead. Nothing happens to one that was given back before, whosoever it is now. When it fails the claim still holds.
     ///
-    /// Processes in the namespace keep it alive without a name; they should be gone before.
-    pub fn destroy(&self, slot: Slot) -> Result<(), Error> {
-        self.pool.forget(slot);
-        self.pool.slots.destroy(slot)
+    /// Processes in its namespace keep that alive without a name; they must be gone before.
+    pub fn give_back(&self, claim: Claim) -> Result<(), Error> {
+        self.pool.give_back(claim)
     }
 
     /// Removes every slot of this instance that is neither in `keep` nor in the pool: what a killed process left. Returns

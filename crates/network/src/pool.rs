@@ -11,10 +11,13 @@
 //! One thread makes, cleans and destroys. It keeps out of the way: it begins nothing while somebody waits for a slot to be
 //! made, nor, while there are enough, just after one was taken, when a VMM is about to start.
 //!
+//! Who takes a slot gets a [`Claim`], and only the claim that a slot is held by gives it back: whoever kept one for longer
+//! changes nothing of what is somebody else's by now.
+//!
 //! All of them are claimed like any other slot, so what a killed process leaves of its pool is swept with the rest: taken
 //! into the pool as used, and cleaned or removed like those.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +29,20 @@ use crate::slots::Slots;
 const QUIET: Duration = Duration::from_millis(50);
 /// After making one failed.
 const AGAIN: Duration = Duration::from_secs(5);
+
+/// A slot in the hands of who has taken it. It holds until the slot is given back; the next who has the slot has another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    slot: Slot,
+    turn: u64,
+}
+
+impl Claim {
+    /// Which slot.
+    pub fn slot(self) -> Slot {
+        self.slot
+    }
+}
 
 pub(crate) struct Pool {
     pub(crate) slots: Slots,
@@ -39,6 +56,10 @@ pub(crate) struct Pool {
 struct State {
     /// The one that was given back first is taken first.
     ready: VecDeque<Slot>,
+    /// In use, by whose turn it is.
+    held: HashMap<Slot, u64>,
+    /// How often one was taken.
+    turns: u64,
     /// Taken, but nobody has asked yet for it to be made.
     taken: HashSet<Slot>,
     used: VecDeque<Slot>,
@@ -68,16 +89,27 @@ impl Pool {
     }
 
     /// A slot that is ready, or one that is only claimed.
-    pub(crate) fn claim(&self) -> Result<Slot, Error> {
+    pub(crate) fn claim(&self) -> Result<Claim, Error> {
         let mut state = self.lock();
         if let Some(slot) = state.ready.pop_front() {
             state.taken.insert(slot);
             state.quiet_until = Some(Instant::now() + QUIET);
             self.changed.notify_all();
-            return Ok(slot);
+            return Ok(state.hand_out(slot));
         }
         drop(state);
-        self.slots.claims.claim().map_err(Error::Claim)?.ok_or(Error::Exhausted)
+        let slot = self.slots.claims.claim().map_err(Error::Claim)?.ok_or(Error::Exhausted)?;
+        Ok(self.lock().hand_out(slot))
+    }
+
+    /// A slot that an earlier process claimed, for who has taken over what was in it.
+    pub(crate) fn take_over(&self, slot: Slot) -> Result<Claim, Error> {
+        let is_ours = self.slots.claims.owns(slot).map_err(Error::Claim)?;
+        let mut state = self.lock();
+        if !is_ours || state.has(slot) || state.held.contains_key(&slot) {
+            return Err(Error::NotOurs(slot));
+        }
+        Ok(state.hand_out(slot))
     }
 
     /// Makes a claimed slot, unless it was ready.
@@ -94,24 +126,31 @@ impl Pool {
         created
     }
 
-    /// Takes a slot back, to be cleaned or removed by and by. False where nobody does that.
-    pub(crate) fn give_back(&self, slot: Slot) -> Result<bool, Error> {
-        if self.size == 0 {
-            return Ok(false);
-        }
+    /// Takes a slot back, to be cleaned or removed by and by, or at once where nobody does that.
+    pub(crate) fn give_back(&self, claim: Claim) -> Result<(), Error> {
+        let Claim { slot, turn } = claim;
         let is_ours = self.slots.claims.owns(slot).map_err(Error::Claim)?;
         let mut state = self.lock();
+        if state.held.get(&slot) != Some(&turn) {
+            return Ok(());
+        }
+        // Before its number may be the next one's.
+        state.held.remove(&slot);
         state.taken.remove(&slot);
-        if is_ours && !state.holds(slot) {
+        if !is_ours {
+            return Ok(());
+        }
+        if self.size > 0 {
             state.used.push_back(slot);
             self.changed.notify_all();
+            return Ok(());
         }
-        Ok(true)
-    }
-
-    /// Forgets that a slot was ready: it is about to be removed.
-    pub(crate) fn forget(&self, slot: Slot) {
-        self.lock().taken.remove(&slot);
+        drop(state);
+        let destroyed = self.slots.destroy(slot);
+        if destroyed.is_err() {
+            self.lock().held.insert(slot, turn);
+        }
+        destroyed
     }
 
     /// Takes every slot of this instance that is not in `keep` as used, and returns them. Before that, nothing is made ahead:
@@ -120,7 +159,10 @@ impl Pool {
         // While the thread can claim none.
         let mut state = self.lock();
         let mut others = self.slots.claims.all().map_err(Error::Claim)?;
-        others.retain(|slot| !keep.contains(slot) && !state.holds(*slot));
+        others.retain(|slot| !keep.contains(slot) && !state.has(*slot));
+        for slot in &others {
+            state.held.remove(slot);
+        }
         if self.size > 0 {
             state.used.extend(&others);
         }
@@ -252,7 +294,13 @@ impl Pool {
 }
 
 impl State {
-    fn holds(&self, slot: Slot) -> bool {
+    fn hand_out(&mut self, slot: Slot) -> Claim {
+        self.turns += 1;
+        self.held.insert(slot, self.turns);
+        Claim { slot, turn: self.turns }
+    }
+
+    fn has(&self, slot: Slot) -> bool {
         self.working == Some(slot)
             || self.ready.contains(&slot)
             || self.used.contains(&slot)

@@ -66,27 +66,27 @@ fn main() -> Result<()> {
     let mut standing = 0;
     for there in THERE {
         while standing < there {
-            unpooled.create(unpooled.claim()?)?;
+            unpooled.create(unpooled.claim()?.slot())?;
             standing += 1;
         }
         let mut figures = Figures { there, ..Figures::default() };
         for round in 0..args.rounds {
             std::thread::park_timeout(PAUSE);
             let begun = Instant::now();
-            let slot = unpooled.claim()?;
-            unpooled.create(slot)?;
+            let claim = unpooled.claim()?;
+            unpooled.create(claim.slot())?;
             let made = begun.elapsed();
             let begun = Instant::now();
-            unpooled.destroy(slot)?;
+            unpooled.give_back(claim)?;
             figures.ours.push(Took { made, removed: begun.elapsed() });
 
             std::thread::park_timeout(PAUSE);
             let begun = Instant::now();
-            let slot = pooled.claim()?;
-            pooled.create(slot)?;
+            let claim = pooled.claim()?;
+            pooled.create(claim.slot())?;
             let made = begun.elapsed();
             let begun = Instant::now();
-            pooled.give_back(slot)?;
+            pooled.give_back(claim)?;
             figures.pooled.push(Took { made, removed: begun.elapsed() });
 
             std::thread::park_timeout(PAUSE);

@@ -20,13 +20,18 @@ impl Walk {
         if !is_dir || name(dir).parse::<CapsuleId>().is_err() {
             return self.find(dir, Kind::Capsule, Verdict::Foreign, "no capsule has this name");
         }
-        let Some(journal) = Journal::open(dir.to_owned()) else {
-            self.refer_all(dir);
-            let record = dir.join(RECORD);
-            return match metadata(&record)? {
-                Some(_) => self.find(&record, Kind::Capsule, Verdict::Broken, "this is no record of a capsule"),
-                None => self.garbage(dir),
-            };
+        let journal = match Journal::open(dir.to_owned()) {
+            Ok(Some(journal)) => journal,
+            Ok(None) => {
+                self.refer_all(dir);
+                return self.garbage(dir);
+            }
+            Err(error) => {
+                self.refer_all(dir);
+                let why =
+                    format!("the capsule's record cannot be read ({error}); the agent leaves its directory alone");
+                return self.find(&dir.join(RECORD), Kind::Capsule, Verdict::Broken, why);
+            }
         };
         match journal.record().phase {
             Phase::Starting | Phase::Stopping => {

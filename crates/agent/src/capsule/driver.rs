@@ -17,7 +17,7 @@ use tracing::{debug, error, info, warn};
 
 use super::pager::{self, Watch};
 use super::record::{Base, Journal, Phase, Record};
-use super::release::{release, stop};
+use super::release::{self, release};
 use super::start::{self, Origin, Running};
 use super::{Command, Handle, Observed, Refused, Traffic, files, save};
 use crate::admission::Promise;
@@ -46,6 +46,8 @@ struct Driver {
     merge: Option<(Arc<AtomicBool>, tokio::task::JoinHandle<()>)>,
     /// Puts what is paused into the object store.
     upload: Option<tokio::task::JoinHandle<u32>>,
+    /// How long the next of these waits before it begins.
+    upload_pause: Duration,
     /// Before that a memory that has come is not taken over.
     complete_after: Option<tokio::time::Instant>,
     /// Last, so that it is dropped last: who sees it closed knows that `host` is let go.
@@ -121,6 +123,7 @@ fn pair(host: Arc<Host>, journal: Journal, state: CapsuleState, promise: Option<
         promise,
         merge: None,
         upload: None,
+        upload_pause: Duration::ZERO,
         complete_after: None,
         observed,
     };
@@ -165,7 +168,7 @@ impl Driver {
                 Err(error) if error.is_of_origin() => {
                     warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
                     self.host.boots.discard(&point);
-                    if stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await.is_err() {
+                    if self.stop().await.is_err() {
                         return Err(error);
                     }
                     let begin_anew = |record: &mut Record| {
@@ -334,8 +337,8 @@ impl Driver {
     /// Gives back what runs of a capsule whose record says that it is paused.
     async fn put_aside(&mut self) {
         let id = self.journal.record().spec.id;
-        match stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
-            // Recorded or not: what is gone is given back again without harm.
+        match self.stop().await {
+            // Written or not: what is gone is given back again without harm.
             Ok(()) => {
                 self.promise = None;
                 let _ = self.stopped(|_| {});
@@ -357,6 +360,14 @@ impl Driver {
     /// Brings a paused capsule back. When that fails it is paused as before.
     async fn resume(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Life {
         let id = self.journal.record().spec.id;
+        if !self.is_put_aside() {
+            // A pause before this could not give all back then, or a resume not be undone.
+            self.back_to_paused().await;
+        }
+        if !self.is_put_aside() {
+            let _ = done.send(Err(Refused::Resume(start::Error::Unfinished)));
+            return Life::Paused;
+        }
         if self.promise.is_none() {
             match self.host.admission.admit(&self.journal.record().spec) {
                 Ok(promise) => self.promise = Some(promise),
@@ -370,10 +381,6 @@ impl Driver {
         // It reads the disk, which the guest is about to write.
         self.stop_upload().await;
         self.publish(CapsuleState::Resuming, String::new());
-        if self.journal.record().phase != Phase::Paused {
-            // A resume before this one could not be undone then.
-            self.back_to_paused().await;
-        }
         let resumed = match self.journal.commit(|record| record.phase = Phase::Resuming) {
             Ok(()) => start::start(&self.host, &mut self.journal, Origin::Pause, &self.destroyed).await,
             Err(error) => Err(start::Error::Record(error)),
@@ -401,7 +408,7 @@ impl Driver {
     /// After a resume that came to nothing: the disk that the pause had, and nothing that runs.
     async fn back_to_paused(&mut self) {
         let id = self.journal.record().spec.id;
-        if let Err(errors) = stop(&self.host, id, self.journal.dir(), Some(self.journal.record())).await {
+        if let Err(errors) = self.stop().await {
             for error in &errors {
                 error!(capsule = %id, error = crate::chain(error), "left behind by a resume");
             }
@@ -467,9 +474,21 @@ impl Driver {
         Ok(())
     }
 
-    /// Records that nothing runs.
+    /// Ends what runs of the capsule.
+    async fn stop(&mut self) -> Result<(), Vec<release::Error>> {
+        let (id, dir) = (self.journal.record().spec.id, self.journal.dir().to_owned());
+        release::stop(&self.host, id, &dir, Some(&mut self.journal)).await
+    }
+
+    /// Whether it is paused and nothing of it runs any more.
+    fn is_put_aside(&self) -> bool {
+        let record = self.journal.record();
+        record.phase == Phase::Paused && record.vmm.is_none() && record.slot.is_none()
+    }
+
+    /// Notes that nothing runs.
     fn stopped(&mut self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
-        self.journal.update(|record| {
+        self.journal.note(|record| {
             record.slot = None;
             record.vmm = None;
             record.pager = None;
@@ -559,7 +578,8 @@ impl Driver {
         }
         self.publish(CapsuleState::Stopping, String::new());
         self.traffic.cut_all();
-        let released = release(&self.host, id, self.journal.dir(), Some(self.journal.record())).await;
+        let dir = self.journal.dir().to_owned();
+        let released = release(&self.host, id, &dir, Some(&mut self.journal)).await;
         let leftovers = released.err().unwrap_or_default();
         for error in &leftovers {
             error!(capsule = %id, error = crate::chain(error), "left behind");

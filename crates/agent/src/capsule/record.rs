@@ -1,8 +1,8 @@
 //! The record of a capsule: a small JSON file in its directory that names what it holds, written before it is acquired.
 //!
 //! Most of it is written to survive this process, not the machine: after a power cut no namespace, process or claim is
-//! left, so a record that was lost with it is missed by nobody. What says that a capsule is paused, or no longer, is
-//! written with [`Journal::commit`] and survives that too.
+//! left, so what was recorded last is missed by nobody. What says that a capsule is paused, or no longer, is written with
+//! [`Journal::commit`] and survives that too. Whatever is lost, some whole record is there.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use api::egress::Policy;
+use network::Claim;
 use network::slot::Slot;
 use serde::{Deserialize, Serialize};
 use vmm::process::Identity;
@@ -102,11 +103,13 @@ impl Record {
     }
 }
 
-/// A record and the directory it lies in.
+/// A record, the directory it lies in, and the claim to the slot that it names.
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
     record: Record,
+    /// None of a slot that an earlier agent claimed, until that is taken over.
+    claim: Option<Claim>,
 }
 
 impl Journal {
@@ -131,19 +134,31 @@ impl Journal {
         Self::create_with(dir, record)
     }
 
-    /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there.
+    /// Makes the directory of a capsule that was elsewhere before. `AlreadyExists` when the directory is there. When it fails
+    /// otherwise there is none.
     pub fn create_with(dir: PathBuf, record: Record) -> io::Result<Self> {
         std::fs::create_dir(&dir)?;
-        let journal = Self { dir, record };
-        journal.write(false)?;
-        Ok(journal)
+        let journal = Self { dir, record, claim: None };
+        match journal.write(false) {
+            Ok(()) => Ok(journal),
+            Err(error) => {
+                // Nobody could try again before the next start of the agent.
+                std::fs::remove_dir_all(&journal.dir)?;
+                Err(error)
+            }
+        }
     }
 
-    /// Reads the record in `dir`; `None` when there is none that can be read.
-    pub fn open(dir: PathBuf) -> Option<Self> {
-        let text = std::fs::read(dir.join(RECORD)).ok()?;
-        let record = serde_json::from_slice(&text).ok()?;
-        Some(Self { dir, record })
+    /// Reads the record in `dir`; `None` when there is none. One that cannot be read may be of a capsule that is paused.
+    pub fn open(dir: PathBuf) -> io::Result<Option<Self>> {
+        let text = match std::fs::read(dir.join(RECORD)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            text => text?,
+        };
+        let record = serde_json::from_slice(&text)?;
+        Ok(Some(Self { dir, record, claim: None }))
     }
 
     /// The capsule's directory.
@@ -156,6 +171,22 @@ impl Journal {
         &self.record
     }
 
+    /// The claim to the capsule's slot.
+    pub fn claim(&self) -> Option<Claim> {
+        self.claim
+    }
+
+    /// Keeps the claim to the slot that the record names, or is about to.
+    pub fn hold(&mut self, claim: Claim) {
+        self.claim = Some(claim);
+    }
+
+    /// Forgets the slot, which is given back: soon it is another's. To be written with what is written next.
+    pub fn let_go(&mut self) {
+        self.claim = None;
+        self.record.slot = None;
+    }
+
     /// Changes the record, on disk first: when that fails it is as it was.
     pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
         self.change(change, false)
@@ -164,6 +195,13 @@ impl Journal {
     /// As [`update`](Self::update), and durable when it returns. When it fails, either may be on disk.
     pub fn commit(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
         self.change(change, true)
+    }
+
+    /// Changes the record here, and on disk if that can be: for what is so whether or not it is written. The next write
+    /// says it too.
+    pub fn note(&mut self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        change(&mut self.record);
+        self.write(false)
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Record), durable: bool) -> io::Result<()> {
@@ -177,9 +215,8 @@ impl Journal {
         let new = self.dir.join("record.json.new");
         let mut file = File::create(&new)?;
         file.write_all(&text)?;
-        if durable {
-            file.sync_all()?;
-        }
+        // Or the rename may survive a power cut, and what was written not: it takes the place of a record that was durable.
+        file.sync_all()?;
         std::fs::rename(new, self.dir.join(RECORD))?;
         if durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
     }

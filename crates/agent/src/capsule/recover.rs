@@ -10,6 +10,8 @@
 //! | running, pausing | else | given back: the guest is gone |
 //! | paused | | paused; what still runs of it is ended |
 //! | resuming | | paused, with the disk that the pause had |
+//! | nothing: there is none | | given back |
+//! | nothing that can be read | | left alone: it may be paused. Nothing of it runs, and the audit names it |
 
 use std::collections::HashSet;
 use std::io;
@@ -52,7 +54,9 @@ pub enum Error {
 enum Found {
     Running(Journal, Running),
     Paused(Journal),
-    Garbage(PathBuf),
+    Garbage(PathBuf, Option<Journal>),
+    /// What it is cannot be told, so its directory stays. Why was logged.
+    Unknown,
 }
 
 /// Takes over or gives back everything an earlier agent had, and hands out the capsules that are there.
@@ -64,7 +68,8 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         match find(host, entry.map_err(Error::Read)?.path()).await {
             Found::Running(journal, found) => running.push((journal, found)),
             Found::Paused(journal) => paused.push(journal),
-            Found::Garbage(dir) => garbage.push(dir),
+            Found::Garbage(dir, journal) => garbage.push((dir, journal)),
+            Found::Unknown => {}
         }
     }
     let known: HashSet<CapsuleId> = running.iter().map(|(journal, _)| journal.record().spec.id).collect();
@@ -75,21 +80,20 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
             cgroup.remove().await.map_err(Error::Processes)?;
         }
     }
-    for dir in garbage {
+    for (dir, mut journal) in garbage {
         let Some(id) = dir.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) else {
             warn!(dir = %dir.display(), "this is not a capsule's directory; it is left alone");
             continue;
         };
-        let journal = Journal::open(dir.clone());
-        let released = release(host, id, &dir, journal.as_ref().map(Journal::record)).await;
+        let released = release(host, id, &dir, journal.as_mut()).await;
         for error in released.err().unwrap_or_default() {
             error!(dir = %dir.display(), error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
         info!(dir = %dir.display(), "gave back what an earlier run left");
     }
     for journal in &mut paused {
-        let id = journal.record().spec.id;
-        for error in stop(host, id, journal.dir(), Some(journal.record())).await.err().unwrap_or_default() {
+        let (id, dir) = (journal.record().spec.id, journal.dir().to_owned());
+        for error in stop(host, id, &dir, Some(journal)).await.err().unwrap_or_default() {
             error!(capsule = %id, error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
         if let Err(error) = pause_again(journal) {
@@ -108,6 +112,16 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         point::discard(&host.memory, &entry.map_err(Error::Read)?.path());
     }
     collect(&host.memory);
+    for (journal, _) in &mut running {
+        let Record { spec, slot, .. } = journal.record();
+        match slot.map(|slot| host.take_over_slot(slot)) {
+            Some(Ok(claim)) => journal.hold(claim),
+            Some(Err(error)) => {
+                error!(capsule = %spec.id, error = crate::chain(&error), "it will not give back its slot")
+            }
+            None => {}
+        }
+    }
     let keep = running.iter().filter_map(|(journal, _)| journal.record().slot).collect();
     host.sweep_networks(&keep).map_err(Error::Network)?;
     let disks: Vec<_> = running.iter().map(|(journal, _)| journal.dir().join(files::DISK)).collect();
@@ -146,31 +160,49 @@ pub fn pause_again(journal: &mut Journal) -> io::Result<()> {
         }
     }
     let is_change = journal.record().phase != Phase::Paused;
-    journal.commit(|record| {
+    // It is so, and the next agent comes to the same without being told.
+    let noted = journal.note(|record| {
         record.phase = Phase::Paused;
         record.slot = None;
         record.vmm = None;
         record.pager = None;
         record.generation += u64::from(is_change);
-    })
+    });
+    noted.and_then(|()| files::sync(journal.dir()))
 }
 
 /// What is in `dir`.
 async fn find(host: &Arc<Host>, dir: PathBuf) -> Found {
-    let Some(mut journal) = Journal::open(dir.clone()) else { return Found::Garbage(dir) };
+    let mut journal = match Journal::open(dir.clone()) {
+        Ok(Some(journal)) => journal,
+        Ok(None) => return Found::Garbage(dir, None),
+        Err(error) => {
+            error!(dir = %dir.display(), %error, "a capsule's record cannot be read; its directory is left alone");
+            return Found::Unknown;
+        }
+    };
     match journal.record().phase {
-        Phase::Starting | Phase::Stopping => Found::Garbage(dir),
+        Phase::Starting | Phase::Stopping => Found::Garbage(dir, Some(journal)),
         Phase::Paused | Phase::Resuming => Found::Paused(journal),
         Phase::Running | Phase::Pausing => {
             if let Some(running) = takeover(host, &journal).await {
-                return match go_on(&mut journal, &running).await {
+                if let Err(error) = undo_pause(host, &mut journal) {
+                    let error = crate::chain(&error);
+                    error!(dir = %dir.display(), error, "a pause that may be whole cannot be undone; it is left alone");
+                    return Found::Unknown;
+                }
+                return match go_on(&journal, &running).await {
                     true => Found::Running(journal, running),
-                    false => Found::Garbage(dir),
+                    false => Found::Garbage(dir, Some(journal)),
                 };
             }
             match finish(&mut journal) {
-                true => Found::Paused(journal),
-                false => Found::Garbage(dir),
+                Ok(true) => Found::Paused(journal),
+                Ok(false) => Found::Garbage(dir, Some(journal)),
+                Err(error) => {
+                    error!(dir = %dir.display(), %error, "it cannot be told whether a pause is whole; it is left alone");
+                    Found::Unknown
+                }
             }
         }
     }
@@ -197,20 +229,24 @@ async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
     Some(Running { process, pager, guest })
 }
 
-/// Makes sure that the guest runs, whatever the earlier agent was doing with it. False when that cannot be.
-async fn go_on(journal: &mut Journal, running: &Running) -> bool {
-    let id = journal.record().spec.id;
-    if journal.record().phase == Phase::Pausing {
-        // What was saved by then is not taken for a pause any more.
-        let recorded = journal.update(|record| {
-            record.phase = Phase::Running;
-            record.generation += 1;
-        });
-        if let Err(error) = recorded {
-            error!(capsule = %id, %error, "writing the record of a capsule that was being paused");
-            return false;
-        }
+/// Sees to it that what was saved of a guest that is about to go on is not taken for a pause any more.
+fn undo_pause(host: &Host, journal: &mut Journal) -> Result<(), snapshot::Error> {
+    if journal.record().phase != Phase::Pausing {
+        return Ok(());
     }
+    let noted = journal.note(|record| {
+        record.phase = Phase::Running;
+        record.generation += 1;
+    });
+    let Err(error) = noted else { return Ok(()) };
+    error!(capsule = %journal.record().spec.id, %error, "writing the record of a capsule that was being paused");
+    // As long as the record says that, it is one if its header is there.
+    host.memory.remove(&journal.dir().join(files::memory(journal.record().snapshots)))
+}
+
+/// Makes sure that the guest runs, whatever the earlier agent was doing with it. False when that cannot be.
+async fn go_on(journal: &Journal, running: &Running) -> bool {
+    let id = journal.record().spec.id;
     let resumed = async {
         let client = running.client().await?;
         if client.instance_info().await?.state == VmState::Paused {
@@ -229,13 +265,18 @@ async fn go_on(journal: &mut Journal, running: &Running) -> bool {
     true
 }
 
-/// Completes a pause whose snapshot is whole, but which no record speaks of yet.
-fn finish(journal: &mut Journal) -> bool {
+/// Completes a pause whose snapshot is whole, but which no record speaks of yet. False when there is none.
+fn finish(journal: &mut Journal) -> io::Result<bool> {
     let record = journal.record();
     let number = record.snapshots;
-    if record.phase != Phase::Pausing || !journal.dir().join(files::memory(number)).exists() {
-        return false;
+    if record.phase != Phase::Pausing || !journal.dir().join(files::memory(number)).try_exists()? {
+        return Ok(false);
     }
-    let Ok(state) = files::digest(&journal.dir().join(files::state(number))) else { return false };
-    journal.update(|record| record.base = Base::Snapshot(Saved { number, state })).is_ok()
+    let state = match files::digest(&journal.dir().join(files::state(number))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        digest => digest?,
+    };
+    // Written with what follows, or found again by the next agent.
+    let _ = journal.note(|record| record.base = Base::Snapshot(Saved { number, state }));
+    Ok(true)
 }

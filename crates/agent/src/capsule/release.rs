@@ -6,7 +6,7 @@ use std::path::Path;
 use api::CapsuleId;
 
 use super::files;
-use super::record::Record;
+use super::record::Journal;
 use crate::host::{Host, collect};
 
 /// What could not be given back. The directory stays then, so that the next start of the agent tries again.
@@ -26,9 +26,9 @@ pub enum Error {
     Directory(#[source] std::io::Error),
 }
 
-/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network and its disk's device, as `record` names
-/// it (or its id alone tells). Its files stay.
-pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
+/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network, whose slot `journal` forgets then, and its
+/// disk's device. A slot of an earlier agent is swept with the rest. Its files stay.
+pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, mut journal: Option<&mut Journal>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
     if let Err(error) = cgroup.kill().await {
@@ -37,15 +37,20 @@ pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record
     if let Err(error) = cgroup.remove().await {
         errors.push(Error::Vmm(error));
     }
-    if errors.is_empty()
-        && let Err(error) = files::remove_vm(dir)
-    {
-        errors.push(Error::Directory(error));
-    }
-    if let Some(slot) = record.and_then(|record| record.slot)
-        && let Err(error) = host.destroy_network(slot).await
-    {
-        errors.push(Error::Network(error));
+    // While a process may be left, it is in the one and has the other.
+    if errors.is_empty() {
+        if let Err(error) = files::remove_vm(dir) {
+            errors.push(Error::Directory(error));
+        }
+        if let Some(journal) = &mut journal
+            && let Some(claim) = journal.claim()
+        {
+            match host.destroy_network(claim).await {
+                // Whatever else fails, and whatever can be written of it.
+                Ok(()) => journal.let_go(),
+                Err(error) => errors.push(Error::Network(error)),
+            }
+        }
     }
     // Last: the VMM has let it go.
     if let Err(error) = host.detach_disk(&dir.join(files::DISK)).await {
@@ -55,8 +60,8 @@ pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record
 }
 
 /// Ends the capsule `id`, whose directory is `dir`, and gives back all of it.
-pub async fn release(host: &Host, id: CapsuleId, dir: &Path, record: Option<&Record>) -> Result<(), Vec<Error>> {
-    stop(host, id, dir, record).await?;
+pub async fn release(host: &Host, id: CapsuleId, dir: &Path, journal: Option<&mut Journal>) -> Result<(), Vec<Error>> {
+    stop(host, id, dir, journal).await?;
     files::remove_all(&host.memory, dir).map_err(|error| vec![Error::Directory(error)])?;
     collect(&host.memory);
     Ok(())

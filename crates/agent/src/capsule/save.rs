@@ -18,7 +18,7 @@ use vmm::process::Scratch;
 use super::files;
 use super::record::{Base, Journal, Phase, Record, Saved};
 use super::start::Running;
-use crate::host::{Host, blocking};
+use crate::host::{Host, blocking, collect};
 
 /// Names of what the VMM writes in its scratch directory.
 const DUMP: &str = "memory";
@@ -81,19 +81,33 @@ pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -
         synced.map_err(Error::Sync)?;
         save.keep(host, journal, running, packed?).await
     };
-    let committed = match saved.await {
-        Ok(saved) => journal.commit(|record| save.done(record, Phase::Paused, saved)).map_err(Error::Record),
-        Err(error) => Err(error),
+    let (error, whole) = match saved.await {
+        Ok(saved) => match journal.commit(|record| save.done(record, Phase::Paused, saved.clone())) {
+            Ok(()) => return Ok(()),
+            Err(error) => (Error::Record(error), Some(saved)),
+        },
+        Err(error) => (error, None),
     };
-    let Err(error) = committed else { return Ok(()) };
-    let back = journal.update(|record| save.undo(record));
-    if let (Error::Record(_), Err(again)) = (&error, &back) {
-        // The record on disk may say that it is paused, and cannot be made to say otherwise. What was saved is whole.
+    let is_said = may_say_paused(journal);
+    let undone = journal.note(|record| save.undo(record)).and_then(|()| files::sync(journal.dir()));
+    // Where the record may say that it is paused, what was saved must stay. Where it says that it is being paused, what was
+    // saved must go, or it is taken for a whole pause once the VMM is gone.
+    let is_gone = (undone.is_ok() || !is_said) && save.discard(host, journal);
+    if let (Err(again), false, Some(saved)) = (&undone, is_gone, whole) {
+        // The next agent finds a pause, whatever is done here. What was saved is whole.
         warn!(dir = %journal.dir().display(), error = again as &dyn std::error::Error, "paused, with a record that may not say so");
+        let _ = journal.note(|record| save.done(record, Phase::Paused, saved));
         return Ok(());
     }
-    save.discard(host, journal);
     Err(Failed { error, goes_on: go_on(journal.dir(), running).await })
+}
+
+/// After a commit that failed: whether the record on disk is the new one all the same.
+fn may_say_paused(journal: &Journal) -> bool {
+    match Journal::open(journal.dir().to_owned()) {
+        Ok(Some(found)) => found.record().phase == Phase::Paused,
+        Ok(None) | Err(_) => true,
+    }
 }
 
 /// Writes what the capsule is now into `dest`, an empty directory: header, VMM state and disk of a point. The guest stands
@@ -281,12 +295,15 @@ impl Save {
         record.base = if self.dumped { Base::Lost } else { self.base.clone() };
     }
 
-    /// Removes what came of it. A header that stayed would be taken for a whole pause.
-    fn discard(&self, host: &Host, journal: &Journal) {
+    /// Removes what came of it. False when its header stayed, which would be taken for a whole pause.
+    fn discard(&self, host: &Host, journal: &Journal) -> bool {
         let keep = match &journal.record().base {
             Base::Snapshot(saved) => Some(saved.number),
             Base::Boot | Base::Lost => None,
         };
         files::tidy(&host.memory, journal.dir(), keep);
+        // It may have taken the last of the disk.
+        collect(&host.memory);
+        !journal.dir().join(files::memory(self.number)).exists()
     }
 }

@@ -91,6 +91,9 @@ pub enum Error {
     /// The guest answered, but not as it must.
     #[error("preparing the guest")]
     Guest(#[source] guest::Error),
+    /// What ran of it before could not be ended, or given back.
+    #[error("ending what ran of it before")]
+    Unfinished,
     /// Somebody destroyed the capsule meanwhile.
     #[error("destroyed during the start")]
     Cancelled,
@@ -131,6 +134,7 @@ impl Error {
             | Self::Launch(_)
             | Self::Pager(_)
             | Self::NoObjects
+            | Self::Unfinished
             | Self::Cancelled => false,
         }
     }
@@ -213,7 +217,9 @@ pub async fn start(
     // Each step says when it is done: `WRENN_LOG=agent=debug` shows where a start's time goes, and benchmarks read it.
     debug!(capsule = %spec.id, "recorded");
 
-    let slot = host.claim_slot().map_err(Error::Claim)?;
+    let claim = host.claim_slot().map_err(Error::Claim)?;
+    let slot = claim.slot();
+    journal.hold(claim);
     journal.update(|record| record.slot = Some(slot)).map_err(Error::Record)?;
     debug!(capsule = %spec.id, "slot claimed");
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;

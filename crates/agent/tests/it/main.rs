@@ -7,6 +7,8 @@ mod endurance;
 mod killed;
 mod pause;
 mod points;
+mod record;
 mod remote;
 mod room;
+mod slots;
 mod start;

@@ -2,6 +2,7 @@
 
 mod full;
 mod power;
+mod record;
 mod suite;
 mod world;
 

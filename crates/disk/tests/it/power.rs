@@ -5,7 +5,7 @@
 
 #![expect(clippy::print_stderr, reason = "a failed run is understood by its seed")]
 
-mod device;
+pub mod device;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -141,9 +141,7 @@ impl Capsule {
         let new = self.dir.join("record.new");
         let mut file = File::create(&new)?;
         write!(file, "{name} {number}")?;
-        if is_durable {
-            file.sync_all()?;
-        }
+        file.sync_all()?;
         fs::rename(new, self.dir.join("record"))?;
         if is_durable { sync(&self.dir) } else { Ok(()) }
     }
@@ -224,6 +222,8 @@ impl Capsule {
         promise.lost = false;
         drop(user);
         self.disks.detach(&self.disk())?;
+        // That nothing of it runs is recorded too.
+        self.write_record(Phase::Paused, next, false)?;
         if number > 0 {
             self.store.remove(&self.header(number))?;
             self.store.collect()?;

@@ -38,7 +38,7 @@ impl World {
             ip netns exec internet nft add rule ip mute output icmp type destination-unreachable drop");
         let network = network();
         let slot = || {
-            let slot = network.claim().unwrap();
+            let slot = network.claim().unwrap().slot();
             network.create(slot).unwrap();
             slot
         };
@@ -400,7 +400,7 @@ fn what_the_operator_says_moves_the_floor_and_no_further() {
             ..super::machine::config("0123abcd")
         };
         let network = Network::open(&config).unwrap();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         let guest = Guest::start(slot);
         let server = udp(Path::new("/run/netns/internet"), "0.0.0.0:5000");

@@ -27,7 +27,7 @@ fn packet(next: u8, to: Ipv6Addr, content: &[u8]) -> Vec<u8> {
 fn no_ipv6_of_a_guest_leaves_its_tap() {
     on_own_machine(|| {
         let network = network();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         for link in ["wrenn-ns-1 eth0", "wrenn-ns-1 tap0"] {
             let (netns, link) = link.split_once(' ').unwrap();
@@ -72,7 +72,7 @@ fn no_ipv6_of_a_guest_leaves_its_tap() {
             std::thread::yield_now();
         }
         assert!(sh("nft list chain inet beyond in").contains("counter packets 0 bytes 0"));
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
         sh("nft delete table netdev watch; nft delete table inet beyond");
         network.close().unwrap();
     });

@@ -19,13 +19,13 @@ fn everything_that_is_done_with_slots() {
         network.sweep(&HashSet::new()).unwrap();
         network.pool.settle();
         let (ready, made) = (network.claim().unwrap(), network.claim().unwrap());
-        for slot in [ready, made] {
-            network.create(slot).unwrap();
+        for claim in [ready, made] {
+            network.create(claim.slot()).unwrap();
         }
         network.pool.settle();
         network.give_back(ready).unwrap();
         network.pool.settle();
-        network.destroy(made).unwrap();
+        network.pool.slots.destroy(made.slot()).unwrap();
         network.close().unwrap();
     };
     // The process that is killed is on its parent's machine.

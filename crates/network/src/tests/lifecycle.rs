@@ -9,7 +9,7 @@ use rustix::mount::MountPropagationFlags;
 use rustix::thread::UnshareFlags;
 
 use super::machine::{assert_same, instance, inventory, json, network, on_own_machine, sh};
-use crate::{Error, Network, Slot, Step};
+use crate::{Claim, Error, Network, Slot, Step};
 
 const STEPS: [Step; 7] =
     [Step::Firewall, Step::Namespace, Step::Sysctl, Step::Tap, Step::Links, Step::Rules, Step::HostEnd];
@@ -19,7 +19,7 @@ fn a_slot_has_everything_and_leaves_nothing() {
     on_own_machine(|| {
         let network = network();
         let before = inventory();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         assert_eq!(slot, Slot::MIN);
         network.create(slot).unwrap();
 
@@ -107,11 +107,11 @@ fn a_slot_has_everything_and_leaves_nothing() {
              \t}\n}\n"
         );
 
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
         assert_same(&before, "at the end");
-        network.destroy(slot).unwrap();
-        assert_eq!(network.claim().unwrap(), slot, "the lowest free slot");
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
+        assert_eq!(network.claim().unwrap().slot(), slot, "the lowest free slot");
+        network.pool.slots.destroy(slot).unwrap();
         network.close().unwrap();
         assert_eq!(sh("nft list ruleset"), "");
     });
@@ -125,7 +125,7 @@ fn the_host_s_table_says_what_it_means() {
         );
         let network = network();
         for _ in 0..2 {
-            network.create(network.claim().unwrap()).unwrap();
+            network.create(network.claim().unwrap().slot()).unwrap();
         }
         // All of it but its comment, which is a digest of the rest.
         let table = sh("nft list table inet wrenn_0123abcd | grep -v comment");
@@ -148,7 +148,7 @@ fn fifty_slots_at_once_and_back() {
                     scope.spawn(|| {
                         for _ in 0..50_usize.div_ceil(8) {
                             let start = Instant::now();
-                            let slot = network.claim().unwrap();
+                            let slot = network.claim().unwrap().slot();
                             network.create(slot).unwrap();
                             took.lock().unwrap().push(start.elapsed());
                         }
@@ -162,7 +162,7 @@ fn fifty_slots_at_once_and_back() {
         assert_eq!(slots.last().unwrap().get(), 56, "no slot was passed over");
         std::thread::scope(|scope| {
             for part in slots.chunks(7) {
-                scope.spawn(|| part.iter().for_each(|&slot| network.destroy(slot).unwrap()));
+                scope.spawn(|| part.iter().for_each(|&slot| network.pool.slots.destroy(slot).unwrap()));
             }
         });
         assert_same(&before, "at the end");
@@ -171,7 +171,7 @@ fn fifty_slots_at_once_and_back() {
         let mut alone: Vec<_> = (0..20)
             .map(|_| {
                 let start = Instant::now();
-                network.create(network.claim().unwrap()).unwrap();
+                network.create(network.claim().unwrap().slot()).unwrap();
                 start.elapsed()
             })
             .collect();
@@ -190,7 +190,7 @@ fn a_failure_in_any_step_leaves_only_the_claim() {
         let network = network();
         let before = inventory();
         for step in STEPS {
-            let slot = network.claim().unwrap();
+            let slot = network.claim().unwrap().slot();
             let claimed = inventory();
             *network.pool.slots.steps.fail_after.lock().unwrap() = Some(step);
             let error = network.create(slot).unwrap_err();
@@ -199,7 +199,7 @@ fn a_failure_in_any_step_leaves_only_the_claim() {
             *network.pool.slots.steps.fail_after.lock().unwrap() = None;
             // The same slot can be made afterwards.
             network.create(slot).unwrap();
-            network.destroy(slot).unwrap();
+            network.pool.slots.destroy(slot).unwrap();
             assert_same(&before, "at the end");
         }
     });
@@ -213,7 +213,7 @@ fn what_a_killed_process_left_at_any_step_is_swept() {
         network.close().unwrap();
         for step in STEPS {
             let killed = super::machine::network();
-            let slot = killed.claim().unwrap();
+            let slot = killed.claim().unwrap().slot();
             *killed.pool.slots.steps.fail_after.lock().unwrap() = Some(step);
             // Without the undo of `create`, as a kill would leave it.
             killed.pool.slots.build(slot).unwrap_err();
@@ -232,11 +232,11 @@ fn what_a_killed_process_left_at_any_step_is_swept() {
 fn a_restart_keeps_what_runs_and_sweeps_the_rest() {
     on_own_machine(|| {
         let first = network();
-        let slots: Vec<_> = (0..3).map(|_| first.claim().unwrap()).collect();
+        let slots: Vec<_> = (0..3).map(|_| first.claim().unwrap().slot()).collect();
         slots.iter().for_each(|&slot| first.create(slot).unwrap());
-        first.destroy(slots[0]).unwrap();
+        first.pool.slots.destroy(slots[0]).unwrap();
         let kept = inventory();
-        first.create(first.claim().unwrap()).unwrap();
+        first.create(first.claim().unwrap().slot()).unwrap();
         drop(first);
 
         let second = network();
@@ -276,7 +276,7 @@ fn two_instances_share_a_machine() {
         let (a, b) = (network(), instance("deadbeef"));
         let mut slots = Vec::new();
         for network in [&a, &b, &a, &b] {
-            let slot = network.claim().unwrap();
+            let slot = network.claim().unwrap().slot();
             network.create(slot).unwrap();
             slots.push(slot.get());
         }
@@ -284,12 +284,12 @@ fn two_instances_share_a_machine() {
         let of_b = inventory();
         let b_slot = Slot::new(2).unwrap();
         assert!(matches!(a.create(b_slot), Err(Error::NotOurs(slot)) if slot == b_slot));
-        a.destroy(b_slot).unwrap();
+        a.pool.slots.destroy(b_slot).unwrap();
         assert_same(&of_b, "another's slot is not touched");
 
         assert_eq!(a.sweep(&HashSet::new()).unwrap().len(), 2);
-        assert_eq!(a.claim().unwrap().get(), 1);
-        assert_eq!(b.claim().unwrap().get(), 5, "b's hint is past what a gave back");
+        assert_eq!(a.claim().unwrap().slot().get(), 1);
+        assert_eq!(b.claim().unwrap().slot().get(), 5, "b's hint is past what a gave back");
         sh("ip netns exec wrenn-ns-2 true; ip netns exec wrenn-ns-4 true");
         for network in [a, b] {
             network.sweep(&HashSet::new()).unwrap();
@@ -304,14 +304,14 @@ fn two_instances_share_a_machine() {
 fn claims_are_found_quickly_and_run_out() {
     on_own_machine(|| {
         let network = network();
-        let slots: Vec<_> = std::iter::from_fn(|| network.claim().ok()).collect();
+        let slots: Vec<_> = std::iter::from_fn(|| network.claim().ok()).map(Claim::slot).collect();
         assert_eq!(slots.len(), 32767);
         assert!(matches!(network.claim(), Err(Error::Exhausted)));
-        network.destroy(slots[4711]).unwrap();
-        assert_eq!(network.claim().unwrap(), slots[4711]);
+        network.pool.slots.destroy(slots[4711]).unwrap();
+        assert_eq!(network.claim().unwrap().slot(), slots[4711]);
         // One that was given back by somebody else is found in the end.
         fs::remove_file("/run/wrenn/slots/17").unwrap();
-        assert_eq!(network.claim().unwrap().get(), 17);
+        assert_eq!(network.claim().unwrap().slot().get(), 17);
     });
 }
 
@@ -320,20 +320,20 @@ fn a_leftover_without_a_claim_does_not_block_its_slot_for_ever() {
     on_own_machine(|| {
         let network = network();
         let before = inventory();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         fs::remove_file("/run/wrenn/slots/1").unwrap();
 
         assert_eq!(network.pool.slots.claims.claim().unwrap().unwrap().get(), 2);
-        network.destroy(Slot::new(2).unwrap()).unwrap();
+        network.pool.slots.destroy(Slot::new(2).unwrap()).unwrap();
         network.pool.slots.claims.release(slot).unwrap();
         let again = instance("deadbeef");
-        assert_eq!(again.claim().unwrap(), slot);
+        assert_eq!(again.claim().unwrap().slot(), slot);
         let error = again.create(slot).unwrap_err();
         assert!(matches!(&error, Error::Create { source, .. } if source.step == Step::Namespace), "{error:?}");
         // The failed attempt has removed what was in its way.
         again.create(slot).unwrap();
-        again.destroy(slot).unwrap();
+        again.pool.slots.destroy(slot).unwrap();
         again.close().unwrap();
         network.pool.slots.firewall.delete(slot).unwrap();
         assert_same(&before, "at the end");
@@ -344,17 +344,17 @@ fn a_leftover_without_a_claim_does_not_block_its_slot_for_ever() {
 fn what_cannot_be_removed_keeps_its_claim() {
     on_own_machine(|| {
         let network = network();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         // A mount below the name makes it busy in a way that no retry of ours resolves.
         sh("umount /run/netns/wrenn-ns-1; rm /run/netns/wrenn-ns-1; mkdir /run/netns/wrenn-ns-1");
-        let error = network.destroy(slot).unwrap_err();
+        let error = network.pool.slots.destroy(slot).unwrap_err();
         assert!(matches!(&error, Error::Destroy(left) if left.0.len() == 1 && left.0[0].1.step == Step::Namespace));
         assert!(error.to_string().starts_with("remove a slot: network namespace of slot 1 ("), "{error}");
         assert!(network.pool.slots.claims.owns(slot).unwrap());
         assert!(!sh("ip -o link").contains("wrenn-veth1"), "the other steps were done");
         sh("rmdir /run/netns/wrenn-ns-1");
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
         assert!(!network.pool.slots.claims.owns(slot).unwrap());
     });
 }
@@ -363,7 +363,7 @@ fn what_cannot_be_removed_keeps_its_claim() {
 fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
     on_own_machine(|| {
         let network = network();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         // By its number: the machine under this one may have a slot of the same name.
         let namespace =
@@ -383,7 +383,7 @@ fn a_vmm_s_mount_namespace_does_not_keep_another_slot_s_network() {
                 (had, mounts().contains(&namespace))
             });
             is_ready.recv().unwrap();
-            network.destroy(slot).unwrap();
+            network.pool.slots.destroy(slot).unwrap();
             destroyed.send(()).unwrap();
             assert_eq!(vmm.join().unwrap(), (true, false));
         });

@@ -40,7 +40,7 @@ impl Server {
 }
 
 fn slot(network: &Network) -> (Slot, Wire) {
-    let slot = network.claim().unwrap();
+    let slot = network.claim().unwrap().slot();
     network.create(slot).unwrap();
     (slot, Wire::open(slot))
 }

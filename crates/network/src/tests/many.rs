@@ -43,7 +43,7 @@ fn are_made_and_used_and_leave_nothing(at_once: usize, rounds: usize) {
         for _ in 0..rounds {
             let mut slots = Vec::new();
             for _ in 0..at_once {
-                let slot = network.claim().unwrap();
+                let slot = network.claim().unwrap().slot();
                 network.create(slot).unwrap();
                 slots.push((slot, Wire::open(slot)));
                 network.attached(slot).unwrap();
@@ -60,7 +60,7 @@ fn are_made_and_used_and_leave_nothing(at_once: usize, rounds: usize) {
             assert!(traffic.values().all(|of| (of.sent.packets, of.received.packets) == (1, 2)), "{traffic:?}");
             for (slot, wire) in slots {
                 drop(wire);
-                network.destroy(slot).unwrap();
+                network.pool.slots.destroy(slot).unwrap();
             }
             assert_eq!(sh("grep -cE 'src=10.12|dst=10.11' /proc/thread-self/net/nf_conntrack || true"), "0\n");
         }

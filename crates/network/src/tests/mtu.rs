@@ -19,7 +19,7 @@ fn with_uplink_of(mtu: u32) -> (Network, crate::Slot) {
     internet();
     sh(&format!("ip link set up0 mtu {mtu}; ip -n internet link set eth0 mtu {mtu}"));
     let network = network();
-    let slot = network.claim().unwrap();
+    let slot = network.claim().unwrap().slot();
     network.create(slot).unwrap();
     (network, slot)
 }

@@ -48,7 +48,7 @@ impl World {
         let internet = internet();
         sh(&format!("ip -n internet addr add {OTHER}/32 dev lo"));
         let network = network();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let resolver = UdpSocket::bind("127.0.0.1:5353").unwrap();

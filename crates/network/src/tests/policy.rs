@@ -20,7 +20,7 @@ fn one(address: &str) -> Range {
     (address, address)
 }
 
-fn off() -> Policy {
+pub(super) fn off() -> Policy {
     Policy { deny: vec![EVERYTHING], ..Policy::default() }
 }
 
@@ -28,7 +28,7 @@ fn world() -> (PathBuf, Network, Slot, Guest) {
     let internet = internet();
     sh(&format!("ip -n internet addr add {OTHER}/32 dev lo"));
     let network = network();
-    let slot = network.claim().unwrap();
+    let slot = network.claim().unwrap().slot();
     network.create(slot).unwrap();
     (internet, network, slot, Guest::start(slot))
 }
@@ -223,25 +223,26 @@ fn what_one_guest_may_not_another_may_and_the_next_begins_anew() {
         network.sweep(&HashSet::new()).unwrap();
         let server = listen(&internet, SERVER, 80);
         network.pool.settle();
-        let slot = network.claim().unwrap();
+        let claim = network.claim().unwrap();
+        let slot = claim.slot();
         network.create(slot).unwrap();
         let rules = || sh(&format!("ip netns exec {} nft list ruleset", slot.netns()));
         let new = rules();
         network.set_policy(slot, &off()).unwrap();
         assert_ne!(rules(), new);
         let guest = Guest::start(slot);
-        let other = network.claim().unwrap();
+        let other = network.claim().unwrap().slot();
         network.create(other).unwrap();
         let another = Guest::start(other);
         assert!(connect(&guest, SERVER, 80).is_err());
         pair(&another, &server, SERVER);
         drop((guest, another));
-        network.destroy(other).unwrap();
-        network.give_back(slot).unwrap();
+        network.pool.slots.destroy(other).unwrap();
+        network.give_back(claim).unwrap();
         network.pool.settle();
         assert_eq!(rules(), new);
         let again = loop {
-            let claimed = network.claim().unwrap();
+            let claimed = network.claim().unwrap().slot();
             network.create(claimed).unwrap();
             if claimed == slot {
                 break claimed;

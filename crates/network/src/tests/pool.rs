@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::guest::{Guest, SERVER_IP, internet, next, udp};
 use super::machine::{assert_same, inventory, network, on_own_machine, pooled, sh};
-use crate::Slot;
+use crate::{Error, Slot, Step};
 
 #[test]
 fn a_slot_is_there_before_it_is_asked_for() {
@@ -19,9 +19,9 @@ fn a_slot_is_there_before_it_is_asked_for() {
         let numbers = |slots: Vec<Slot>| slots.into_iter().map(Slot::get).collect::<Vec<_>>();
         assert_eq!(numbers(network.pool.settle()), [1, 2, 3]);
         let taken = network.claim().unwrap();
-        assert_eq!(taken.get(), 1);
+        assert_eq!(taken.slot().get(), 1);
         // No more is made of it now: what this would make, it would make twice.
-        network.create(taken).unwrap();
+        network.create(taken.slot()).unwrap();
         sh("ip netns exec wrenn-ns-1 ip link show tap0");
         assert_eq!(numbers(network.pool.settle()), [2, 3, 4]);
         network.give_back(taken).unwrap();
@@ -37,6 +37,75 @@ fn a_slot_is_there_before_it_is_asked_for() {
 }
 
 #[test]
+fn a_slot_is_given_back_by_who_has_it_and_once() {
+    on_own_machine(|| {
+        network().close().unwrap();
+        let before = inventory();
+        for ready in [0, 1] {
+            let network = pooled(ready);
+            network.sweep(&HashSet::new()).unwrap();
+            let take = || {
+                network.pool.settle();
+                let claim = network.claim().unwrap();
+                network.create(claim.slot()).unwrap();
+                claim
+            };
+            let first = take();
+            network.give_back(first).unwrap();
+            let second = take();
+            assert_eq!(second.slot(), first.slot());
+            network.set_policy(second.slot(), &super::policy::off()).unwrap();
+            // It is another's by now, and stays as that has it.
+            let used = state_of(second.slot());
+            network.give_back(first).unwrap();
+            network.pool.settle();
+            assert_eq!(state_of(second.slot()), used);
+            assert!(matches!(network.take_over(second.slot()), Err(Error::NotOurs(_))));
+            network.give_back(second).unwrap();
+            network.close().unwrap();
+            assert_same(&before, "at the end");
+        }
+    });
+}
+
+#[test]
+fn a_claim_holds_until_its_slot_could_be_given_back() {
+    on_own_machine(|| {
+        let network = network();
+        let claim = network.claim().unwrap();
+        network.create(claim.slot()).unwrap();
+        *network.pool.slots.steps.fail_after.lock().unwrap() = Some(Step::Links);
+        network.give_back(claim).unwrap_err();
+        *network.pool.slots.steps.fail_after.lock().unwrap() = None;
+        assert_ne!(network.claim().unwrap().slot(), claim.slot());
+        network.give_back(claim).unwrap();
+        assert_eq!(network.claim().unwrap().slot(), claim.slot());
+    });
+}
+
+#[test]
+fn what_runs_on_is_taken_over_once() {
+    on_own_machine(|| {
+        let first = network();
+        let slots = [(); 2].map(|()| {
+            let slot = first.claim().unwrap().slot();
+            first.create(slot).unwrap();
+            slot
+        });
+        drop(first);
+        let second = pooled(1);
+        let claim = second.take_over(slots[0]).unwrap();
+        assert!(second.take_over(slots[0]).is_err());
+        second.sweep(&HashSet::from([slots[0]])).unwrap();
+        second.pool.settle();
+        assert!(second.take_over(slots[1]).is_err(), "it is in the pool");
+        second.give_back(claim).unwrap();
+        second.pool.settle();
+        second.close().unwrap();
+    });
+}
+
+#[test]
 fn more_than_are_ready_can_be_had() {
     on_own_machine(|| {
         network().close().unwrap();
@@ -44,15 +113,15 @@ fn more_than_are_ready_can_be_had() {
         let network = pooled(2);
         network.sweep(&HashSet::new()).unwrap();
         network.pool.settle();
-        let slots: Vec<_> = (0..6)
+        let claims: Vec<_> = (0..6)
             .map(|_| {
-                let slot = network.claim().unwrap();
-                network.create(slot).unwrap();
-                slot
+                let claim = network.claim().unwrap();
+                network.create(claim.slot()).unwrap();
+                claim
             })
             .collect();
-        assert_eq!(slots.iter().collect::<HashSet<_>>().len(), 6);
-        slots.iter().for_each(|&slot| network.give_back(slot).unwrap());
+        assert_eq!(claims.iter().map(|claim| claim.slot()).collect::<HashSet<_>>().len(), 6);
+        claims.iter().for_each(|&claim| network.give_back(claim).unwrap());
         assert_eq!(network.pool.settle().len(), 2);
         assert_eq!(sh("ls /run/wrenn/slots | wc -l"), "2\n");
         network.close().unwrap();
@@ -70,7 +139,8 @@ fn the_next_guest_finds_nothing_of_the_last() {
         let network = pooled(1);
         network.sweep(&HashSet::new()).unwrap();
         network.pool.settle();
-        let slot = network.claim().unwrap();
+        let claim = network.claim().unwrap();
+        let slot = claim.slot();
         network.create(slot).unwrap();
         let new = state_of(slot);
 
@@ -94,9 +164,9 @@ fn the_next_guest_finds_nothing_of_the_last() {
         }
         drop(guest);
 
-        network.give_back(slot).unwrap();
+        network.give_back(claim).unwrap();
         network.pool.settle();
-        assert_eq!(network.claim().unwrap(), slot);
+        assert_eq!(network.claim().unwrap().slot(), slot);
         assert_eq!(state_of(slot), new);
         let traffic = network.traffic().unwrap()[&slot];
         assert_eq!(traffic, crate::Traffic::default());
@@ -105,7 +175,7 @@ fn the_next_guest_finds_nothing_of_the_last() {
         udp(&guest.netns, "169.254.0.21:0").send_to(b"again", (SERVER_IP, 5000)).unwrap();
         assert_eq!(next(&server), "again");
         drop((guest, server));
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
         network.close().unwrap();
         sh("ip link del up0; ip netns del internet");
         assert_same(&before, "at the end");
@@ -154,11 +224,12 @@ fn a_namespace_with_anything_else_in_it_is_not_used_again() {
                 ))
             };
             let new = inside();
-            assert_eq!(network.claim().unwrap(), slot);
+            let claim = network.claim().unwrap();
+            assert_eq!(claim.slot(), slot);
             network.create(slot).unwrap();
             sh(&foreign.replace("NS", &slot.netns()));
             assert_ne!(inside(), new, "{foreign}");
-            network.give_back(slot).unwrap();
+            network.give_back(claim).unwrap();
             network.pool.settle();
             assert_eq!(inside(), new, "{foreign}");
         }
@@ -176,7 +247,8 @@ fn what_the_host_still_says_to_a_guest_does_not_reach_the_next() {
         let network = pooled(1);
         network.sweep(&HashSet::new()).unwrap();
         network.pool.settle();
-        let slot = network.claim().unwrap();
+        let claim = network.claim().unwrap();
+        let slot = claim.slot();
         network.create(slot).unwrap();
         let guest = Guest::start(slot);
         let listener = super::guest::inside(&guest.netns, || TcpListener::bind("169.254.0.21:80")).unwrap();
@@ -185,7 +257,7 @@ fn what_the_host_still_says_to_a_guest_does_not_reach_the_next() {
         stream.write_all(b"for the first").unwrap();
         inside.read_exact(&mut [0; 13]).unwrap();
         drop((inside, listener, guest));
-        network.give_back(slot).unwrap();
+        network.give_back(claim).unwrap();
         network.pool.settle();
         // It has ended, with an error and not as if all was said.
         assert!(stream.write_all(b"for nobody").is_err());

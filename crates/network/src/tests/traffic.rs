@@ -27,7 +27,7 @@ impl World {
         let netns = internet();
         let network = network();
         let guest = || {
-            let slot = network.claim().unwrap();
+            let slot = network.claim().unwrap().slot();
             network.create(slot).unwrap();
             (slot, Guest::start(slot))
         };
@@ -226,7 +226,7 @@ fn a_machine_without_a_way_out_has_guests_that_the_host_reaches() {
     on_own_machine(|| {
         let network = network();
         let before = inventory();
-        let slot = network.claim().unwrap();
+        let slot = network.claim().unwrap().slot();
         network.create(slot).unwrap();
         let guest = Guest::start(slot);
         let listener = inside(&guest.netns, || TcpListener::bind("169.254.0.21:8080")).unwrap();
@@ -236,7 +236,7 @@ fn a_machine_without_a_way_out_has_guests_that_the_host_reaches() {
         drop(stream);
         echo.join().unwrap();
         drop(guest);
-        network.destroy(slot).unwrap();
+        network.pool.slots.destroy(slot).unwrap();
         assert_same(&before, "at the end");
     });
 }

@@ -27,15 +27,18 @@ impl Driver {
         let record = self.journal.record();
         let Some(objects) = self.host.objects.clone() else { return };
         let Base::Snapshot(saved) = &record.base else { return };
-        if self.upload.is_some() || record.is_uploaded() || record.is_remote {
+        // After a resume that could not be undone the disk is not that of the pause.
+        if self.upload.is_some() || record.is_uploaded() || record.is_remote || !self.is_put_aside() {
             return;
         }
         let (host, dir, record, number) =
             (self.host.clone(), self.journal.dir().to_owned(), record.clone(), saved.number);
+        let mut pause = self.upload_pause;
         self.upload = Some(tokio::spawn(async move {
             let id = record.spec.id;
-            let mut pause = FIRST_PAUSE;
             loop {
+                tokio::time::sleep(pause).await;
+                pause = longer(pause);
                 // Nobody closes it.
                 let _turn = host.uploads.acquire().await;
                 match remote::upload(&host, &objects, &dir, record.clone()).await {
@@ -47,9 +50,6 @@ impl Driver {
                         warn!(capsule = %id, error = crate::chain(&error), "the upload failed; it is tried again")
                     }
                 }
-                drop(_turn);
-                tokio::time::sleep(pause).await;
-                pause = LONGEST_PAUSE.min(pause * 2);
             }
         }));
     }
@@ -67,10 +67,12 @@ impl Driver {
     pub(super) fn uploaded(&mut self, number: u32) {
         self.upload = None;
         if let Err(error) = self.journal.commit(|record| record.uploaded = Some(number)) {
-            // The next agent uploads it again, and finds that all of it is there.
+            // It is uploaded again, which finds that all of it is there.
+            self.upload_pause = longer(self.upload_pause);
             warn!(capsule = %self.journal.record().spec.id, %error, "an upload could not be recorded");
             return;
         }
+        self.upload_pause = Duration::ZERO;
         let reason = self.observed.borrow().reason.clone();
         self.publish(CapsuleState::Paused, reason);
     }
@@ -147,6 +149,11 @@ impl Driver {
             self.complete_after = Some(Instant::now() + AGAIN);
         }
     }
+}
+
+/// How long the next try waits, if this one has waited for so long.
+fn longer(pause: Duration) -> Duration {
+    (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE)
 }
 
 /// Resolves when the upload has succeeded, with the number of what was uploaded; never where there is none.
