@@ -199,9 +199,9 @@ impl Api {
         assert_eq!(status, 204, "{body}");
     }
 
-    /// Runs a command by `/bin/sh -c` in a capsule; the whole answer.
+    /// Runs a command by `/bin/sh -c` in a capsule, which may be in an emulated host and slow; the whole answer.
     pub async fn sh(&self, id: &str, command: &str) -> Value {
-        let body = json!({"cmd": "/bin/sh", "args": ["-c", command]});
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", command], "timeout_sec": 300});
         let (status, answer) = self.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
         assert_eq!(status, 200, "{command}: {answer}");
         answer
