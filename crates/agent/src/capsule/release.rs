@@ -26,8 +26,8 @@ pub enum Error {
     Directory(#[source] std::io::Error),
 }
 
-/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its network, whose slot `journal` forgets then, and its
-/// disk's device. A slot of an earlier agent is swept with the rest. Its files stay.
+/// Ends what runs of the capsule `id`, whose directory is `dir`, and frees its disk's device and its network, whose slot
+/// `journal` forgets then. A slot that an earlier agent claimed is swept with the rest. Its files stay.
 pub async fn stop(host: &Host, id: CapsuleId, dir: &Path, mut journal: Option<&mut Journal>) -> Result<(), Vec<Error>> {
     let mut errors = Vec::new();
     let cgroup = host.cgroup(id);
