@@ -16,7 +16,7 @@ cache=${WRENN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wrenn}/host
 target=${CARGO_TARGET_DIR:-$root/target}
 out=$target/host
 # A suite that takes longer than this hangs.
-limit=${WRENN_HOST_LIMIT:-2400}
+limit=${WRENN_HOST_LIMIT:-4800}
 
 mkdir -p "$cache" "$out"
 work=$(mktemp -d "$out/.work.XXXXXX"); trap 'rm -rf "$work"' EXIT

@@ -164,7 +164,7 @@ test('watch', limit, async (t) => {
   assert.deepEqual(exits.all, [])
   await watch.stop()
   await exits.until((all) => all.length === 1)
-  const ended = new Promise((resolve) => sandbox.files.watchDir(path, () => {}, { timeoutMs: 500, onExit: resolve }))
+  const ended = new Promise((resolve) => sandbox.files.watchDir(path, () => {}, { timeoutMs: 3000, onExit: resolve }))
   assert((await ended) instanceof TimeoutError)
   await assert.rejects(sandbox.files.watchDir(`${path}/none`, () => {}), FileNotFoundError)
   await assert.rejects(sandbox.files.watchDir('/etc/hostname', () => {}), InvalidArgumentError)

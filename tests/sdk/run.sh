@@ -4,6 +4,8 @@
 # there is none, Debian trixie's is put into a directory of the cache and run there by chroot (the network is the host's,
 # and this checkout is mounted in). Node comes as a Python package, in the same place.
 set -euo pipefail
+# Which would be left in /tmp.
+export NODE_DISABLE_COMPILE_CACHE=1
 cache=${1:?usage: run.sh CACHE_DIR python|node [arguments…]}; program=${2:?python or node}; shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 key=$(cat "$here/requirements.txt" "$here/package.json" "$here/package-lock.json" | sha256sum | cut -c1-12)

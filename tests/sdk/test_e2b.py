@@ -208,7 +208,7 @@ def test_connect_to_nobody(sandbox):
 def test_timeout_of_a_connection_ends_only_it(sandbox):
     handle = sandbox.commands.run("read line; echo $line", background=True, stdin=True)
     with pytest.raises(TimeoutException):
-        sandbox.commands.connect(handle.pid, timeout=1).wait()
+        sandbox.commands.connect(handle.pid, timeout=3).wait()
     handle.send_stdin("alive\n")
     assert handle.wait().stdout == "alive\n"
 

@@ -131,7 +131,7 @@ def test_authentication(capsule):
     capsule.files.write("/root/locked.py", LOCKED)
     server = capsule.commands.run("exec python3 /root/locked.py", background=True)
     ask = "for i in $(seq 100); do curl -s -o /dev/null http://127.0.0.1:8418 && exit; sleep 0.1; done; exit 1"
-    assert capsule.commands.run(ask).exit_code == 0
+    assert capsule.commands.run(ask, timeout=300).exit_code == 0
     for who in ({}, {"username": "me", "password": "wrong"}):
         with pytest.raises(GitAuthError):
             capsule.git.clone("http://127.0.0.1:8418/some/repository.git", **who)

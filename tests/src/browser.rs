@@ -22,17 +22,19 @@ pub struct Browser {
     pub complaints: Vec<String>,
     /// What a redirect led to, from where.
     pub redirects: Vec<(String, String)>,
-    _profile: TempDir,
+    /// Its profile, and everything else it writes.
+    directory: TempDir,
 }
 
 impl Browser {
     /// Starts one, with an empty page.
     pub async fn start() -> Self {
-        let profile = TempDir::with_prefix("wrenn-browser-").unwrap();
+        let directory = TempDir::with_prefix("wrenn-browser-").unwrap();
         let mut child = Command::new("chromium")
             .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
             .args(["--disable-background-networking", "--remote-debugging-port=0", "about:blank"])
-            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .arg(format!("--user-data-dir={}", directory.path().join("profile").display()))
+            .env("TMPDIR", directory.path())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -44,7 +46,7 @@ impl Browser {
         std::thread::spawn(move || lines.for_each(drop));
         let (socket, _) = tokio_tungstenite::connect_async(address).await.unwrap();
         let (session, console, complaints, redirects) = (String::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut browser = Self { child, socket, session, calls: 0, console, complaints, redirects, _profile: profile };
+        let mut browser = Self { child, socket, session, calls: 0, console, complaints, redirects, directory };
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"})).await["targetId"].take();
         let attach = json!({"targetId": target, "flatten": true});
         browser.session = browser.call("Target.attachToTarget", attach).await["sessionId"].as_str().unwrap().to_owned();
@@ -136,5 +138,9 @@ impl Drop for Browser {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // Its other processes write there until they are gone, and nobody can wait for them.
+        while self.directory.path().exists() {
+            let _ = std::fs::remove_dir_all(self.directory.path());
+        }
     }
 }

@@ -7,10 +7,10 @@ use std::process::Command;
 use std::time::Duration;
 
 /// How long what was given back may take to be gone.
-const SETTLED: Duration = Duration::from_secs(10);
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// For how long nothing changes on a machine at rest.
-const REST: Duration = Duration::from_millis(500);
+const REST: Duration = Duration::from_secs(3);
 
 /// Names of everything, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -188,9 +188,29 @@ impl Api {
 
     /// Creates a capsule and hands out its id.
     pub async fn create(&self) -> String {
-        let (status, capsule) = self.call(Method::POST, "/v1/capsules", Some(json!({}))).await;
+        self.create_as(json!({})).await
+    }
+
+    /// Creates a capsule as that body says, and hands out its id when it runs, which takes longer than the answer on a slow
+    /// machine.
+    pub async fn create_as(&self, body: Value) -> String {
+        let (status, capsule) = self.call(Method::POST, "/v1/capsules", Some(body)).await;
         assert_eq!(status, 201, "{capsule}");
-        capsule["id"].as_str().unwrap().to_owned()
+        let id = capsule["id"].as_str().unwrap().to_owned();
+        self.until(&id, "running").await;
+        id
+    }
+
+    /// Waits until the capsule has that status; it must not fail on the way.
+    pub async fn until(&self, id: &str, status: &str) {
+        loop {
+            let (_, capsule) = self.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;
+            match capsule["status"].as_str().unwrap_or("gone") {
+                now if now == status => return,
+                "error" | "stopped" | "gone" => panic!("it was to be {status}: {capsule}"),
+                _ => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
     }
 
     /// Destroys a capsule.
@@ -218,6 +238,13 @@ impl Api {
     /// The bytes of a file in a capsule.
     pub async fn read(&self, id: &str, path: &str) -> Vec<u8> {
         self.download(id, path).await.bytes().await.unwrap().to_vec()
+    }
+
+    /// How many processes a capsule has, without the kernel's and the shell's that counts.
+    pub async fn processes(&self, id: &str) -> usize {
+        // The list is made before anybody is begun to look at it.
+        let count = "set -- /proc/[0-9]*/exe; for one; do readlink $one >/dev/null && echo; done | wc -l";
+        self.output(id, count).await.parse().unwrap()
     }
 
     /// Runs a command that must succeed; its standard output without the last newline.

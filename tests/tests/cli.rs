@@ -76,7 +76,8 @@ fn files_and_processes_by_command() {
     assert_eq!(text(&sum.stdout).split(' ').next(), text(&expected.stdout).split(' ').next());
     let loud = "for i in 1 2 3; do echo $i; done; exec sleep 1000";
     run(&up, &["exec", "--background", "--tag", "loud", &id, "sh", "-c", loud]);
-    assert_eq!(text(&run(&up, &["logs", &id, "loud"]).stdout), "1\n2\n3\n");
+    // What it has said so far.
+    while text(&run(&up, &["logs", &id, "loud"]).stdout) != "1\n2\n3\n" {}
     assert!(text(&run(&up, &["ps", &id]).stdout).contains("loud"));
     let following = up.wrenn().args(["capsule", "logs", "-f", &id, "loud"]).stdout(Stdio::piped()).spawn().unwrap();
     run(&up, &["kill", &id, "loud", "--signal", "SIGTERM"]);

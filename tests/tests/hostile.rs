@@ -53,6 +53,10 @@ struct World;
 impl World {
     /// Also hands out what datagrams to the server say.
     fn new() -> (Self, Receiver<String>) {
+        // What a run left that was killed.
+        sh(&format!(
+            "for name in {MACHINE} {INTERNET}; do ip netns del $name 2>/dev/null; done; ip link del hostile-api 2>/dev/null; true"
+        ));
         sh(&format!(
             "ip netns add {MACHINE}; ip netns add {INTERNET}
              ip link add hostile-api type veth peer name api0 netns {MACHINE}

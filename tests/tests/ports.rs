@@ -4,8 +4,7 @@ use std::io::Read;
 use std::net::{Ipv4Addr, TcpStream};
 
 use end_to_end::Up;
-use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// Answers the port with the address its listener was given, until it is killed.
 const SERVER: &str = "import socket, sys
@@ -40,8 +39,8 @@ async fn listeners_are_reached_wherever_they_listen_and_as_long_as_they_do() {
     for (port, address) in (8001..).zip(["127.0.0.1", "::1", "0.0.0.0", "::", "169.254.0.21"]) {
         assert!(hear(host, port).is_err(), "nobody listens yet");
         let start = format!(
-            "python3 /tmp/server.py {address} {port} >/tmp/log 2>&1 & echo $! >/tmp/pid; \
-             while ! grep -q listening /tmp/log; do sleep 0.01; done"
+            "python3 /tmp/server.py {address} {port} >/tmp/log{port} 2>&1 & echo $! >/tmp/pid; \
+             while ! grep -qs listening /tmp/log{port}; do sleep 0.01; done"
         );
         up.output(&id, &start).await;
         // At once, and again.
@@ -52,17 +51,12 @@ async fn listeners_are_reached_wherever_they_listen_and_as_long_as_they_do() {
         assert!(hear(host, port).is_err(), "{address} is gone");
     }
     // A service that many call at once, on the loopback, without a process for any of them.
-    // The list is made before anybody is begun to look at it.
-    let count =
-        "set -- /proc/[0-9]*/exe; all=0; for one; do readlink $one >/dev/null && all=$((all + 1)); done; echo $all";
-    let processes = || up.output(&id, count);
-    let before = processes().await;
-    let body = json!({"cmd": "/bin/sh", "args": ["-c", "python3 /tmp/server.py 127.0.0.1 9000 >/tmp/log2 & sleep 0.1; \
-        while ! grep -q listening /tmp/log2; do sleep 0.01; done; echo $!"]});
-    let (_, answer) = up.call(Method::POST, &format!("/v1/capsules/{id}/exec"), Some(body)).await;
+    let before = up.processes(&id).await;
+    let start = "python3 /tmp/server.py 127.0.0.1 9000 >/tmp/log9000 2>&1 & \
+        while ! grep -qs listening /tmp/log9000; do sleep 0.01; done; echo $!";
+    let server = up.output(&id, start).await;
     let calls: Vec<_> = (0..50).map(|_| std::thread::spawn(move || hear(host, 9000))).collect();
     assert!(calls.into_iter().all(|call| call.join().unwrap().unwrap() == "127.0.0.1"));
-    let server = answer["stdout"].as_str().unwrap().trim().to_owned();
     up.output(&id, &format!("kill {server}; while kill -0 {server} 2>/dev/null; do sleep 0.01; done")).await;
-    assert_eq!(processes().await, before);
+    assert_eq!(up.processes(&id).await, before);
 }

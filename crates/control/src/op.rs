@@ -21,6 +21,8 @@ pub mod traffic;
 pub mod usable;
 pub mod wish;
 
+use std::time::Duration;
+
 use agent_api::Endpoint;
 use api::{CapsuleId, SafeName, Selector, Status};
 use sea_orm::DatabaseConnection;
@@ -37,6 +39,8 @@ use crate::host::{self, Host};
 
 /// Changes that may be waiting to be looked at by one waiter; whoever falls behind looks at its row again.
 const CHANGES: usize = 1024;
+/// How long the SDKs wait for an answer: whatever waits here ends before that.
+const CLIENT_WAITS: Duration = Duration::from_secs(30);
 
 /// What every verb works with.
 pub struct Context {

@@ -10,7 +10,7 @@ use axum::routing::{any, post};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use proxy::{Error, Upstream, boxed};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 async fn server() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -49,25 +49,30 @@ async fn a_body_streams_through_while_it_is_still_being_sent() {
     assert_eq!(answer.collect().await.unwrap().to_bytes(), b"second"[..]);
 }
 
+/// A port that is taken, at which nobody listens.
+fn nobody() -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    socket
+}
+
 #[tokio::test]
 async fn a_server_that_is_late_is_waited_for() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let socket = nobody();
+    let address = socket.local_addr().unwrap();
     let answer = tokio::spawn(async move {
         Upstream::new(address).forward(http::Request::get("/").body(boxed(Body::empty())).unwrap()).await
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    let listener = TcpListener::bind(address).await.unwrap();
+    let listener = socket.listen(1).unwrap();
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(any(|| async { "late" }))).await });
     assert_eq!(answer.await.unwrap().unwrap().status(), 200);
 }
 
 #[tokio::test]
 async fn nobody_there_is_a_connect_error() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let socket = nobody();
+    let address = socket.local_addr().unwrap();
     let error = Upstream::new(address)
         .forward(http::Request::get("/").body(boxed(Body::empty())).unwrap())
         .await

@@ -47,7 +47,8 @@ impl S3 {
         let root = TempDir::with_prefix("wrenn-s3-").unwrap();
         std::fs::create_dir(root.path().join(BUCKET)).unwrap();
         let state = Arc::new(State::default());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // No client's end of a connection gets its port while it is stopped: those are at 127.0.0.1.
+        let listener = TcpListener::bind("127.0.0.2:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(serve(listener, service(&root), state.clone()));
         Self { root, address, state, server }
@@ -120,6 +121,10 @@ impl S3 {
 impl Drop for S3 {
     fn drop(&mut self) {
         self.server.abort();
+        // What it has begun to write, it ends, and nobody can wait for that.
+        while self.root.path().exists() {
+            let _ = std::fs::remove_dir_all(self.root.path());
+        }
     }
 }
 

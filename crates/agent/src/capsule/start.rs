@@ -22,8 +22,9 @@ use crate::guest::{self, Guest, Restoring};
 use crate::host::{Host, blocking};
 use crate::point::Point;
 
-/// From the VMM's start to the guest's first answer. A loaded machine without KVM needs seconds; nothing needs this.
-const GUEST_LIMIT: Duration = Duration::from_secs(90);
+/// From the VMM's start to the guest's first answer. A loaded machine without KVM needs seconds, an emulated one a minute;
+/// control waits 180 s.
+const GUEST_LIMIT: Duration = Duration::from_secs(170);
 /// From the VMM's exec to its API.
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 /// What the guest kernel is told: a quiet serial console, its address, and envd as its init.

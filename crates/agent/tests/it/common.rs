@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::ops::Deref;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent::audit::{Finding, Kind, Verdict};
 use agent::{Agent, Config};
@@ -19,6 +20,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
+
+use crate::killed;
 
 /// What an agent is asked, wherever it listens.
 pub struct Caller(pub Endpoint);
@@ -99,6 +102,14 @@ impl Caller {
         }
     }
 
+    /// Looks at the guest's clock, which must lie between two looks at ours, give or take a second.
+    pub async fn is_in_time(&self, id: CapsuleId) {
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as i64;
+        let before = now();
+        let guest: i64 = self.sh(id, "date +%s%3N").await.parse().unwrap();
+        assert!((before - 1000..=now() + 1000).contains(&guest), "{id}: {guest} at {before}");
+    }
+
     /// What a shell in the guest prints, without the last newline.
     pub async fn sh(&self, id: CapsuleId, script: &str) -> String {
         self.try_sh(id, script).await.unwrap_or_else(|error| panic!("{script}: {error}"))
@@ -129,6 +140,7 @@ impl Caller {
     }
 }
 
+/// An agent. Whatever becomes of the test, nothing of it is left.
 pub struct Host {
     pub agent: Agent,
     caller: Caller,
@@ -187,11 +199,14 @@ impl Deref for Host {
 impl Host {
     /// Opens an agent whose configuration `change` has altered.
     pub async fn open(change: impl FnOnce(&mut Config)) -> Self {
-        Self::open_in(TempDir::with_prefix("wrenn-agent-").unwrap(), change).await
+        let dir = TempDir::with_prefix("wrenn-agent-").unwrap();
+        end_with_this_process(dir.path());
+        Self::open_in(dir, change).await
     }
 
     /// Opens an agent on what another left in `dir`.
-    pub async fn open_in(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+    pub async fn open_in(mut dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        dir.disable_cleanup(true);
         let filter = tracing_subscriber::EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| "warn".into());
         // Tests of one process share it.
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
@@ -244,6 +259,14 @@ impl Host {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Stops the capsule's pager where it is; false if it had nothing left to do.
+    pub fn stop_pager(&self, id: CapsuleId) -> bool {
+        let pid = self.record(id)["pager"]["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+        // It may have ended meanwhile.
+        let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::STOP));
+        !fs::read_to_string(self.capsule(id).join("pager.log")).unwrap().contains("whole")
+    }
+
     /// How many processes run in the control groups of this agent's capsules.
     pub fn processes(&self) -> usize {
         processes(&self.instance()).len()
@@ -275,10 +298,11 @@ impl Host {
     }
 
     /// Stops the agent after its capsules were paused; nothing is left but the directory.
-    pub async fn put_away(self) -> TempDir {
+    pub async fn put_away(mut self) -> TempDir {
         self.shutdown.cancel();
         self.server.await.unwrap().unwrap();
         self.agent.close().await.unwrap();
+        self.dir.disable_cleanup(false);
         self.dir
     }
 
@@ -292,11 +316,24 @@ impl Host {
 
     /// Stops serving and gives back what the agent itself holds, which must succeed.
     pub async fn close(self) {
-        self.shutdown.cancel();
-        self.server.await.unwrap().unwrap();
         self.agent.destroy_all().await;
-        self.agent.close().await.unwrap();
+        self.put_away().await;
     }
+}
+
+/// Has what the agent of `dir` left ended when this process has, if the directory is still there: the capsules of a test that
+/// failed, or was killed, would be in the way of those that follow.
+#[expect(clippy::zombie_processes, reason = "it outlives this process")]
+fn end_with_this_process(dir: &Path) {
+    const SCRIPT: &str =
+        r#"read -r _; [ -d "$1" ] || exit; "$0" --exact killed::agent::process; rm -rf --one-file-system "$1""#;
+    let mut keeper = Command::new("sh");
+    keeper.args(["-c", SCRIPT]).arg(std::env::current_exe().unwrap()).arg(dir);
+    // In a group of its own, as the whole of ours is killed when time is up.
+    keeper.envs(killed::agent::to_end(dir)).process_group(0);
+    let mut keeper = keeper.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // Until the end, however that comes about.
+    std::mem::forget(keeper.stdin.take());
 }
 
 /// Where images and capsules of the data directory `dir` are, on either kind of disk.

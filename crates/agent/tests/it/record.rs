@@ -143,7 +143,7 @@ async fn a_pause_that_cannot_be_recorded_loses_nothing() {
     host.sh(id, "head -c 96M /dev/urandom > /dev/shm/m").await;
     for attempt in 0.. {
         let blocking = async {
-            while host.record(id)["phase"] != "pausing" {
+            while host.record(id)["phase"] == "running" {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             block(&host.capsule(id))

@@ -353,12 +353,12 @@ async fn while_memory_comes_nothing_that_happens_leaves_a_capsule_hanging() {
     one.close().await;
     let two = Host::open(|config| {
         config.objects = Some(self::config(&s3));
-        config.pager.1.extend(["--fetch-seconds".into(), "2".into()]);
+        config.pager.1.extend(["--fetch-seconds".into(), "5".into()]);
     })
     .await;
 
     // The pager dies.
-    s3.delay_reads(Duration::from_millis(150));
+    s3.delay_reads(Duration::from_millis(400));
     two.adopt(id).await.unwrap();
     s3.let_read(Some(0));
     assert!(is_remote(&two, id), "all has come before anything could happen");

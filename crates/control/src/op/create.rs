@@ -7,13 +7,14 @@ use api::{Actor, CreateCapsule, TeamId};
 use lifecycle::Action;
 
 use super::record::{Fact, record};
-use super::{Context, Error, destroy};
+use super::{CLIENT_WAITS, Context, Error, destroy};
 use crate::db;
 use crate::db::capsule::Capsule;
 use crate::host::{self, Image};
 
-/// How long a request waits for its capsule to run before it is answered with what is. Clients wait 30 s for an answer.
+/// How long a request waits for its capsule to run before it is answered with what is.
 const WAIT: Duration = Duration::from_secs(20);
+const _: () = assert!(WAIT.as_secs() < CLIENT_WAITS.as_secs());
 
 /// A new capsule, and what its URLs want, if they do.
 pub struct Created {

@@ -6,12 +6,13 @@ use lifecycle::{Command, Decision};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
-use super::{Context, Error};
+use super::{CLIENT_WAITS, Context, Error};
 use crate::db;
 use crate::db::capsule::Capsule;
 
-/// How long an early request waits, all in all. Clients wait 30 s for an answer.
+/// How long an early request waits, all in all.
 const WAIT: Duration = Duration::from_secs(25);
+const _: () = assert!(WAIT.as_secs() < CLIENT_WAITS.as_secs());
 /// Another control plane on the same database may be the one that learns of the change; then only the row tells.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 

@@ -116,7 +116,7 @@ async fn a_capsule_that_starts_takes_of_its_commands_time(world: World) {
 
 async fn too_much_output_is_refused_and_ended(world: World) {
     let id = world.capsule().await;
-    let body = json!({ "cmd": "cat", "args": ["/dev/zero"] });
+    let body = json!({ "cmd": "cat", "args": ["/dev/zero"], "timeout_sec": 300 });
     let message = refused(world.post(&format!("/v1/capsules/{id}/exec"), body).await, 413, ErrorCode::TooLarge);
     assert!(message.contains("268435456"), "{message}");
     world.until_idle(id).await;

@@ -19,8 +19,9 @@ on_both![
 
 async fn it_takes_nothing_of_its_host_and_goes_on(world: World) {
     let id = world.capsule().await;
-    let body = json!({ "cmd": "sh", "args": ["-c", "sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/hibernated"] });
-    world.post(&format!("/v1/capsules/{id}/exec"), body).await;
+    let body = json!({ "cmd": "sh", "args": ["-c", "sleep 1000 >/dev/null 2>&1 & echo $!"] });
+    let (_, answer) = world.post(&format!("/v1/capsules/{id}/exec"), body).await;
+    let alive = format!("kill -0 {} && echo alive", answer["stdout"].as_str().unwrap().trim_end());
     for _ in 0..2 {
         world.ask(id, "pause").await;
         for _ in 0..2 {
@@ -38,7 +39,7 @@ async fn it_takes_nothing_of_its_host_and_goes_on(world: World) {
         refused(world.post(&format!("/v1/capsules/{id}/exec"), body).await, 409, ErrorCode::InvalidState);
         let (status, capsule) = world.ask(id, "resume").await;
         assert_eq!((status, &capsule["status"]), (StatusCode::OK, &json!("running")), "{capsule}");
-        let body = json!({ "cmd": "sh", "args": ["-c", "kill -0 $(cat /tmp/hibernated) && echo alive"] });
+        let body = json!({ "cmd": "sh", "args": ["-c", alive] });
         assert_eq!(world.post(&format!("/v1/capsules/{id}/exec"), body).await.1["stdout"], "alive\n");
     }
 }

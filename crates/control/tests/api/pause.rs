@@ -211,9 +211,7 @@ async fn a_resume_that_fails_may_be_asked_again(world: World) {
 async fn a_pause_that_was_lost_is_told_as_it_is(world: World) {
     let id = world.capsule().await;
     world.agent.hold();
-    // The SDK gives up after 30 s.
-    let pause = world.request(Method::POST, &format!("/v1/capsules/{id}/pause")).timeout(Duration::from_secs(30));
-    let (status, capsule) = world.send(pause).await;
+    let (status, capsule) = world.ask(id, "pause").await;
     assert_eq!((status, &capsule["status"]), (StatusCode::OK, &json!("pausing")));
     world.agent.release();
     world.until(id, "paused").await;

@@ -144,15 +144,16 @@ async fn a_flood_of_one_capsule_leaves_the_terminals_of_others(world: World) {
     while passed.load(Ordering::Relaxed) < WAITED_FOR {
         tokio::task::yield_now().await;
     }
-    let keys = 30;
-    let before = passed.load(Ordering::Relaxed);
-    for key in 0..keys {
+    let mut floods_of_keys = Vec::new();
+    for key in 0..30 {
+        let before = passed.load(Ordering::Relaxed);
         let key = format!("<{key}>");
         terminal.write(&key).await;
         terminal.shows(&key).await;
+        floods_of_keys.push(passed.load(Ordering::Relaxed) - before);
     }
-    let flood = passed.load(Ordering::Relaxed) - before;
-    assert!(flood > 0, "there is no flood");
-    assert!(flood / keys < WAITED_FOR, "{} bytes of another capsule's passed for each key", flood / keys);
+    floods_of_keys.sort_unstable();
+    assert!(floods_of_keys[29] > 0, "there is no flood");
+    assert!(floods_of_keys[15] < WAITED_FOR, "bytes of another capsule's that passed for each key: {floods_of_keys:?}");
     floods.shutdown().await;
 }

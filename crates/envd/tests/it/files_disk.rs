@@ -156,7 +156,7 @@ async fn a_silent_client_is_told_and_leaves_nothing() {
     let settings = Arc::new(envd::settings::Settings::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let router = envd::files::http::router::<()>(settings, Duration::from_secs(1));
+    let router = envd::files::http::router::<()>(settings, Duration::from_secs(3));
     tokio::spawn(async move { axum::serve(listener, router).await });
     let free = disk.free();
     for sent in [0, 100, 5_000_000] {
@@ -177,7 +177,7 @@ async fn a_silent_client_is_told_and_leaves_nothing() {
     // Slow is not silent: all of it takes longer than the limit.
     let mut socket = begin(address, &disk.path("slow"), 10, b"");
     for byte in b"0123456789" {
-        tokio::time::sleep(Duration::from_millis(150)).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
         socket.write_all(&[*byte]).unwrap();
     }
     let answer = tokio::task::spawn_blocking(move || {

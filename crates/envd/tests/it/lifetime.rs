@@ -14,7 +14,7 @@ async fn the_deadline_kills_the_whole_group() {
         let client = envd.client_in(codec);
         // A child, a grandchild, and one that ignores every polite request.
         let script = "sleep 1000 & echo $!; sh -c 'sleep 1000 & echo $!; wait' & trap '' TERM INT HUP; echo $$; wait; sleep 1000";
-        let options = CallOptions::default().with_timeout(Duration::from_millis(1500));
+        let options = CallOptions::default().with_timeout(Duration::from_secs(3));
         let mut stream = start(&client, sh(script), options).await.unwrap();
         stream.started().await;
         let mut text = String::new();
@@ -36,7 +36,7 @@ async fn the_deadline_arrives_on_the_wire_after_the_output() {
     let mut socket = std::net::TcpStream::connect(envd.address).unwrap();
     let head = format!(
         "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\nContent-Type: application/connect+json\r\n\
-         Connect-Timeout-Ms: 700\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+         Connect-Timeout-Ms: 3000\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
     socket.write_all(head.as_bytes()).unwrap();
@@ -64,7 +64,7 @@ async fn the_deadline_of_a_joined_stream_is_the_streams_own() {
     let mut owner = start(&client, sh("read line; exit 6"), CallOptions::default()).await.unwrap();
     let number = owner.started().await;
     let request = guest_api::process::ConnectRequest { process: process(pid(number)).into(), ..Default::default() };
-    let options = CallOptions::default().with_timeout(Duration::from_millis(300));
+    let options = CallOptions::default().with_timeout(Duration::from_secs(3));
     let mut joined = Stream::Connect(client.connect_with_options(request, options).await.unwrap());
     joined.started().await;
     assert_eq!(joined.rest().await.unwrap_err().code, ErrorCode::DeadlineExceeded);
@@ -77,7 +77,7 @@ async fn the_deadline_of_a_joined_stream_is_the_streams_own() {
 async fn the_deadline_holds_though_the_client_has_left() {
     let envd = Envd::start();
     let client = envd.client();
-    let options = CallOptions::default().with_timeout(Duration::from_millis(1500));
+    let options = CallOptions::default().with_timeout(Duration::from_secs(3));
     let mut stream = start(&client, sh("sleep 1000"), options).await.unwrap();
     let number = stream.started().await;
     drop(stream);

@@ -356,7 +356,7 @@ async fn idle_streams_say_so_and_deadlines_end_them() {
     File::create(root.path().join("file")).unwrap();
     while !matches!(watch.event().await.unwrap(), Event::Filesystem(_)) {}
 
-    let options = CallOptions::default().with_timeout(Duration::from_millis(300));
+    let options = CallOptions::default().with_timeout(Duration::from_secs(3));
     let mut watch = Watch::start_with(&files, request(root.path(), true), options).await.unwrap();
     assert_eq!(watch.event().await.unwrap_err().code, ErrorCode::DeadlineExceeded);
     drop(watch);

@@ -54,12 +54,12 @@ fn the_guest_needs_a_token() {
     ] {
         assert_eq!(request(&mut guest, refused).0, 400, "{refused}");
     }
-    assert_eq!(request(&mut guest, "PUT /other X-metadata-token-ttl-seconds:60").0, 404);
+    assert_eq!(request(&mut guest, "PUT /other X-metadata-token-ttl-seconds:600").0, 404);
     // A method that versions before 1.16 know nowhere.
     let unknown = if vm.is_since(16) { 405 } else { 501 };
     assert_eq!(request(&mut guest, "DELETE /instanceID").0, unknown);
 
-    let (status, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:60");
+    let (status, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:600");
     assert_eq!((status, token.len()), (200, 48), "{token}");
     let mut read = |path: &str, header: &str| request(&mut guest, &format!("GET {path} {header}:{token}"));
     assert_eq!(read("/instanceID", "X-metadata-token"), (200, "i-1".to_owned()));
@@ -79,7 +79,7 @@ fn the_guest_sees_changes_at_once() {
     let host = Host::new();
     let vm = configured(&host);
     let mut guest = vm.guest();
-    let (_, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:60");
+    let (_, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:600");
     vm.api.patch("/mmds", json!({ "instanceID": "i-2" }));
     let read = format!("GET /instanceID X-metadata-token:{token}");
     assert_eq!(request(&mut guest, &read), (200, "i-2".to_owned()));
@@ -100,6 +100,6 @@ fn a_restored_guest_keeps_the_service_but_not_the_data() {
     let mut guest = vm.guest();
     let read = |token: &str| format!("GET /instanceID X-metadata-token:{token}");
     assert_eq!(request(&mut guest, &read(&old)).0, 401, "the old token is gone");
-    let (_, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:60");
+    let (_, token) = request(&mut guest, "PUT /latest/api/token X-metadata-token-ttl-seconds:600");
     assert_eq!(request(&mut guest, &read(&token)), (200, "i-3".to_owned()));
 }

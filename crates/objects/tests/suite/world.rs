@@ -18,7 +18,7 @@ pub struct World {
 
 impl World {
     pub fn folder() -> Self {
-        let dir = TempDir::with_prefix("wrenn-objects-").unwrap();
+        let dir = TempDir::with_prefix("objects-test-").unwrap();
         let folder = dir.path().join("made/for/it");
         let config = Config::parse(&format!("file://{}", folder.display()), []).unwrap();
         Self { objects: Objects::open(&config).unwrap(), folder, dir, s3: None }
@@ -28,7 +28,7 @@ impl World {
         let s3 = S3::start().await;
         let config = Config::parse(&s3.url("some/prefix"), s3.environment()).unwrap();
         let folder = s3.folder().join("some/prefix");
-        let dir = TempDir::with_prefix("wrenn-objects-").unwrap();
+        let dir = TempDir::with_prefix("objects-test-").unwrap();
         Self { objects: Objects::open(&config).unwrap(), folder, dir, s3: Some(s3) }
     }
 

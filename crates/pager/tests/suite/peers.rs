@@ -84,7 +84,7 @@ fn a_handshake_in_pieces_is_one() {
 #[test]
 fn silence_is_not_waited_for_long() {
     let stored = Stored::new();
-    let short = || Config { patience: Duration::from_millis(50), ..stored.config() };
+    let short = || Config { patience: Duration::from_secs(1), ..stored.config() };
     assert!(matches!(start(short()).end(), Err(Error::Patience)), "nobody connects");
     assert!(!stored.socket().exists());
     let pager = start(short());

@@ -168,9 +168,9 @@ async fn what_hibernates_is_not_here_and_comes_back(subject: &Subject) {
     let id = &capsule.id;
     let error = subject.hibernate(id).await.expect_err("it runs");
     assert_eq!(error.code, ErrorCode::FailedPrecondition, "{error}");
-    let (_, code) =
-        subject.guest(id, "sh", &["-c", "sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/pid"]).await.expect("it runs");
+    let (pid, code) = subject.guest(id, "sh", &["-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]).await.expect("it runs");
     assert_eq!(code, 0);
+    let alive = format!("kill -0 {} && echo alive", String::from_utf8_lossy(&pid).trim_end());
     let paused = subject.pause(id).await.expect("a running capsule is paused");
     let hibernated = subject.hibernate(id).await.expect("a paused capsule hibernates");
     assert_eq!(hibernated.state.as_known(), Some(CapsuleState::CAPSULE_STATE_HIBERNATED));
@@ -184,7 +184,7 @@ async fn what_hibernates_is_not_here_and_comes_back(subject: &Subject) {
     assert_eq!((adopted.state.as_known(), adopted.spec), (Some(CapsuleState::CAPSULE_STATE_RUNNING), capsule.spec));
     let again = subject.adopt(id).await.expect("what runs is not adopted again");
     assert_eq!(again.generation, adopted.generation);
-    let (stdout, _) = subject.guest(id, "sh", &["-c", "kill -0 $(cat /tmp/pid) && echo alive"]).await.expect("it runs");
+    let (stdout, _) = subject.guest(id, "sh", &["-c", &alive]).await.expect("it runs");
     assert_eq!(String::from_utf8_lossy(&stdout), "alive\n");
     subject.forget(id).await;
     subject.gone(id).await;

@@ -1,5 +1,6 @@
 //! An agent in a process of its own, to be killed, and what it and its capsules hold on the machine.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -169,7 +170,7 @@ impl Killable {
     fn clean(&mut self) -> bool {
         self.is_ended = true;
         self.kill();
-        command(self.dir.path(), self.objects.as_ref()).env(END, "").status().unwrap().success()
+        command(self.dir.path(), self.objects.as_ref()).envs(to_end(self.dir.path())).status().unwrap().success()
     }
 
     /// What its network names and control groups have in their names.
@@ -185,6 +186,11 @@ impl Drop for Killable {
             self.clean();
         }
     }
+}
+
+/// What the process has in its environment that is to end all of the agent in `dir`.
+pub fn to_end(dir: &Path) -> [(&'static str, &OsStr); 2] {
+    [(DIR, dir.as_os_str()), (END, OsStr::new(""))]
 }
 
 fn command(dir: &Path, objects: Option<&TempDir>) -> Command {

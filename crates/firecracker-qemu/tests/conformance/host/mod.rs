@@ -102,7 +102,7 @@ pub fn connect_in(namespace: &str, address: SocketAddr) -> std::io::Result<TcpSt
     thread::spawn(move || {
         let namespace = fs::File::open(path)?;
         move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(LinkNameSpaceType::Network))?;
-        let stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))?;
+        let stream = TcpStream::connect_timeout(&address, DEADLINE)?;
         stream.set_read_timeout(Some(DEADLINE))?;
         stream.set_nodelay(true)?;
         Ok(stream)
@@ -133,7 +133,7 @@ pub fn until_every<T>(pause: Duration, what: &str, mut ask: impl FnMut() -> Opti
 fn still_running(namespaces: &[String]) -> Vec<String> {
     let inode = |path: PathBuf| fs::metadata(path).ok().map(|data| data.ino());
     let ours: Vec<u64> = namespaces.iter().map(|name| inode(Path::new("/run/netns").join(name)).unwrap()).collect();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + DEADLINE;
     loop {
         let left: Vec<String> = fs::read_dir("/proc")
             .unwrap()
