@@ -92,10 +92,20 @@ impl Up {
 
     /// Sends what ctrl-C sends and waits; true when it ended as it should.
     pub fn stop(&mut self) -> bool {
+        self.interrupt();
+        self.child.wait().unwrap().success()
+    }
+
+    /// Sends what ctrl-C sends.
+    pub fn interrupt(&self) {
         let pid = Pid::from_raw(self.pid).unwrap();
         // Already gone is fine: the status tells.
         let _ = kill_process(pid, Signal::INT);
-        self.child.wait().unwrap().success()
+    }
+
+    /// What it has printed for people so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("up.log")).unwrap()
     }
 
     /// Its data directory.

@@ -91,3 +91,67 @@ async fn who_says_that_it_is_ready_can_be_interrupted() {
     assert!(up.stop());
     before.is_back().await;
 }
+
+/// Capsules with something in their memory, of which the second is woken by whoever visits it.
+async fn with_memory(up: &Up) -> Vec<(String, String)> {
+    let mut capsules = Vec::new();
+    for auto_resume in [false, true] {
+        let id = up.create_as(json!({ "auto_resume": auto_resume })).await;
+        let sum = up.output(&id, "head -c 64M /dev/urandom > /dev/shm/m; md5sum < /dev/shm/m").await;
+        capsules.push((id, sum));
+    }
+    capsules
+}
+
+async fn are_paused_with_all_their_memory(up: &Up, capsules: &[(String, String)]) {
+    for (id, sum) in capsules {
+        up.until(id, "paused").await;
+        let (status, capsule) = up.call(Method::POST, &format!("/v1/capsules/{id}/resume"), None).await;
+        assert_eq!(status, 200, "{capsule}");
+        up.until(id, "running").await;
+        assert_eq!(&up.output(id, "md5sum < /dev/shm/m").await, sum);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_pauses_all_whoever_visits_meanwhile() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    let capsules = with_memory(&up).await;
+    let (url, host) = (up.url().to_owned(), format!("8000-{}.localhost", capsules[1].0));
+    let visits = tokio::spawn(async move {
+        loop {
+            let _ = reqwest::Client::new().get(&url).header("Host", &host).send().await;
+        }
+    });
+    assert!(up.stop(), "{}", up.log());
+    visits.abort();
+    before.is_back().await;
+    up.restart();
+    are_paused_with_all_their_memory(&up, &capsules).await;
+    assert!(up.stop());
+    before.is_back().await;
+}
+
+#[tokio::test]
+async fn a_second_interrupt_leaves_at_once_and_loses_nothing() {
+    let before = Machine::now();
+    let mut up = Up::start();
+    let capsules = with_memory(&up).await;
+    up.interrupt();
+    while !up.log().contains("again to leave at once") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!up.stop());
+    assert!(up.log().contains("left at once"), "{}", up.log());
+    up.restart();
+    for (id, sum) in &capsules {
+        let (_, capsule) = up.call(Method::GET, &format!("/v1/capsules/{id}"), None).await;
+        match capsule["status"].as_str() {
+            Some("running") => assert_eq!(&up.output(id, "md5sum < /dev/shm/m").await, sum),
+            _ => are_paused_with_all_their_memory(&up, &[(id.clone(), sum.clone())]).await,
+        }
+    }
+    assert!(up.stop());
+    before.is_back().await;
+}

@@ -74,6 +74,10 @@ async fn everything_speaks_https() {
     // The next one is trusted by whoever trusts this one.
     let before = up.ca().unwrap().to_owned();
     assert!(up.stop());
+    // Its files are known to whoever looks for what nobody needs.
+    let mut doctor = up.wrenn();
+    let audit = doctor.args(["doctor", "--storage", "--dir"]).arg(up.dir()).output().unwrap();
+    assert!(audit.status.success(), "{}", String::from_utf8_lossy(&audit.stdout));
     up.restart();
     assert_eq!(up.ca(), Some(before.as_str()));
 }

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use agent_api::HostFull;
@@ -48,6 +49,8 @@ pub enum Resource {
     Disk,
     /// Networks.
     Slots,
+    /// Starts of any kind: the host is being stopped.
+    Starts,
 }
 
 impl fmt::Display for Resource {
@@ -57,13 +60,13 @@ impl fmt::Display for Resource {
             Self::Vcpus => "vcpus",
             Self::Disk => "disk",
             Self::Slots => "slots",
+            Self::Starts => "starts",
         })
     }
 }
 
 /// Why a host takes no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the host has not enough {resource} left: {asked} asked, {used} of {limit} in use{}", unit(*.resource))]
 pub struct Full {
     /// What there is not enough of.
     pub resource: Resource,
@@ -75,10 +78,15 @@ pub struct Full {
     pub limit: u64,
 }
 
-fn unit(resource: Resource) -> &'static str {
-    match resource {
-        Resource::Memory | Resource::Disk => " (MiB)",
-        Resource::Vcpus | Resource::Slots => "",
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { resource, asked, used, limit } = self;
+        let unit = match resource {
+            Resource::Memory | Resource::Disk => " (MiB)",
+            Resource::Vcpus | Resource::Slots => "",
+            Resource::Starts => return f.write_str("the host is being stopped and starts nothing"),
+        };
+        write!(f, "the host has not enough {resource} left: {asked} asked, {used} of {limit} in use{unit}")
     }
 }
 
@@ -115,6 +123,7 @@ pub struct Admission {
     /// Where disks and snapshots go, and what is below that if it is a volume in a file.
     places: Vec<PathBuf>,
     promised: Arc<Mutex<Promised>>,
+    is_stopped: AtomicBool,
 }
 
 /// What one capsule was promised. Dropped, it is promised to nobody.
@@ -151,6 +160,20 @@ impl Admission {
             disk_reserve_mib: limits.disk_reserve_mib,
             places,
             promised: Arc::default(),
+            is_stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// Has nothing start any more.
+    pub fn stop(&self) {
+        self.is_stopped.store(true, Ordering::SeqCst);
+    }
+
+    /// Refuses when nothing starts any more.
+    pub fn check_starts(&self) -> Result<(), Full> {
+        match self.is_stopped.load(Ordering::SeqCst) {
+            true => Err(Full { resource: Resource::Starts, asked: 1, used: 0, limit: 0 }),
+            false => Ok(()),
         }
     }
 
@@ -161,6 +184,7 @@ impl Admission {
 
     /// Promises all of these capsules what they need, or none of them.
     pub fn admit_all(&self, specs: &[Spec]) -> Result<Vec<Promise>, Full> {
+        self.check_starts()?;
         let asked = specs.iter().map(needs).fold(Promised::default(), Promised::plus);
         // To be paused is what every capsule must be able to be.
         self.check_disk(asked.memory_mib)?;

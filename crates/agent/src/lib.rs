@@ -150,6 +150,7 @@ impl Agent {
             return Ok(entry.handle.clone());
         }
         let id = spec.id;
+        self.host.admission.check_starts()?;
         let promise = promise.map_or_else(|| self.host.admission.admit(&spec), Ok)?;
         let token = random_token().map_err(CreateError::Place)?;
         let journal = Journal::create(self.host.capsules().join(id.to_string()), spec, egress, token);
@@ -239,8 +240,14 @@ impl Agent {
         join_all(self.list().iter().map(Handle::destroy)).await;
     }
 
-    /// Pauses every capsule that runs or is about to. Those that could not be paused run on, and are told with the reason.
+    /// Pauses every capsule that runs or is about to, and starts none from then on. Those that could not be paused run on, and
+    /// are told with the reason.
     pub async fn pause_all(&self) -> Vec<(CapsuleId, String)> {
+        {
+            // No start is between the question whether it may and its place in the list.
+            let _capsules = self.lock();
+            self.host.admission.stop();
+        }
         self.host.boots.stop().await;
         let pausing = self.list().into_iter().map(|handle| async move {
             let settled = handle.settled().await;

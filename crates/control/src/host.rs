@@ -25,6 +25,9 @@ pub enum Error {
     /// It could not be asked.
     #[error("the host does not answer")]
     Unreachable(#[source] ConnectError),
+    /// Something that it needs, it could not reach.
+    #[error("the host cannot do it now: {}", words(.0))]
+    Unable(#[source] ConnectError),
     /// It has no room.
     #[error("the host is full: {}", words(.0))]
     Full(#[source] ConnectError),
@@ -53,7 +56,8 @@ impl From<ConnectError> for Error {
     fn from(error: ConnectError) -> Self {
         match error.code {
             // What has a source did not come from the agent but from the way to it.
-            ErrorCode::Unavailable => Self::Unreachable(error),
+            ErrorCode::Unavailable if error.source_arc().is_some() => Self::Unreachable(error),
+            ErrorCode::Unavailable => Self::Unable(error),
             ErrorCode::ResourceExhausted => Self::Full(error),
             ErrorCode::DeadlineExceeded => Self::Late(error),
             ErrorCode::NotFound => Self::Absent(error),

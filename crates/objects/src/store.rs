@@ -64,7 +64,7 @@ impl Objects {
         let damaged = |why| Error::Damaged { hash, why };
         let path = self.chunk_path(hash);
         let answer = match self.client.get(&path).await {
-            Err(object_store::Error::NotFound { .. }) => return Err(Error::Missing(hash)),
+            Err(error) if is_absent(&error) => return Err(Error::Missing(hash)),
             answer => answer.map_err(Error::ask("read", &path))?,
         };
         if answer.meta.size > MAX_STORED {
@@ -149,7 +149,7 @@ impl Objects {
 
     pub(crate) async fn get(&self, path: &Path) -> Result<Option<Bytes>, Error> {
         match self.client.get(path).await {
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) if is_absent(&error) => Ok(None),
             answer => {
                 let answer = answer.map_err(Error::ask("read", path))?;
                 Ok(Some(answer.bytes().await.map_err(Error::ask("read", path))?))
@@ -178,4 +178,12 @@ impl Objects {
 /// Runs what blocks where it stops nobody else.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("the work does not panic, and nobody aborts it")
+}
+
+/// Whether an object is not there, and not the whole bucket.
+fn is_absent(error: &object_store::Error) -> bool {
+    match error {
+        object_store::Error::NotFound { source, .. } => !source.to_string().contains("NoSuchBucket"),
+        _ => false,
+    }
 }

@@ -11,4 +11,4 @@ pub mod s3;
 
 pub use fake_agent::FakeAgent;
 pub use postgres::Postgres;
-pub use s3::S3;
+pub use s3::{Fault, S3};

@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::http::Method;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
@@ -39,6 +40,29 @@ struct State {
     reads: watch::Sender<Option<u64>>,
     /// Milliseconds that each read takes at least.
     delay: AtomicU64,
+    /// What goes wrong, and with how many requests still.
+    fault: Mutex<Option<(Fault, u64)>>,
+}
+
+/// What a server does in place of what it is asked.
+#[derive(Debug, Clone, Copy)]
+pub enum Fault {
+    /// It answers with that status.
+    Status(u16),
+    /// It has no such bucket, as S3 says it. That of this crate says that it has no such object.
+    NoBucket,
+    /// It breaks off in the middle of its answer.
+    Cut,
+}
+
+impl State {
+    /// What goes wrong with the next request.
+    fn fault(&self) -> Option<Fault> {
+        let mut fault = self.fault.lock().expect("nobody panics with it");
+        let (what, left) = fault.as_mut().filter(|(_, left)| *left > 0)?;
+        *left -= 1;
+        Some(*what)
+    }
 }
 
 impl S3 {
@@ -98,6 +122,11 @@ impl S3 {
         self.state.delay.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
+    /// Has that go wrong with so many requests from now on.
+    pub fn fail(&self, fault: Fault, requests: u64) {
+        *self.state.fault.lock().expect("nobody panics with it") = Some((fault, requests));
+    }
+
     /// Waits until so many objects were written, or are waiting to be.
     pub async fn until_written(&self, count: u64) {
         while self.state.written.load(Ordering::SeqCst) < count {
@@ -142,6 +171,12 @@ async fn serve(listener: TcpListener, service: S3Service, state: Arc<State>) {
         let respond = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let (service, state) = (service.clone(), state.clone());
             async move {
+                match state.fault() {
+                    Some(Fault::Status(status)) => return Ok(refused(status, "")),
+                    Some(Fault::NoBucket) => return Ok(refused(404, "<Error><Code>NoSuchBucket</Code></Error>")),
+                    Some(Fault::Cut) => return Ok(cut(answer(&service, request).await).await),
+                    None => {}
+                }
                 let (count, limit) = match *request.method() {
                     Method::PUT => (&state.written, &state.writes),
                     Method::GET => (&state.read, &state.reads),
@@ -161,6 +196,21 @@ async fn serve(listener: TcpListener, service: S3Service, state: Arc<State>) {
             let _ = Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), respond).await;
         });
     }
+}
+
+fn refused(status: u16, why: &str) -> s3s::HttpResponse {
+    let body = s3s::Body::from(why.to_owned());
+    hyper::Response::builder().status(status).body(body).expect("a test gives a status")
+}
+
+/// The first half of an answer.
+async fn cut(answer: s3s::HttpResponse) -> s3s::HttpResponse {
+    let (head, body) = answer.into_parts();
+    let body = axum::body::to_bytes(Body::new(body), usize::MAX).await.expect("it is whole");
+    let half = Ok(body.slice(..body.len() / 2));
+    let broken = Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+    let body = s3s::Body::http_body_unsync(Body::from_stream(futures::stream::iter([half, broken])));
+    s3s::HttpResponse::from_parts(head, body)
 }
 
 async fn answer(service: &S3Service, request: hyper::Request<hyper::body::Incoming>) -> s3s::HttpResponse {

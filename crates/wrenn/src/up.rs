@@ -13,7 +13,7 @@ use std::time::Duration;
 use ::agent::Agent;
 use ::control::Control;
 use agent_api::Endpoint;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use proxy::Tls;
 use serde::Serialize;
@@ -24,7 +24,7 @@ use self::tls::{Authority, Names};
 use crate::current::Current;
 use crate::host::HostArgs;
 use crate::terminal::{Interrupts, Progress};
-use crate::{images, vmm_choice};
+use crate::{images, terminal, vmm_choice};
 
 /// Where everything is kept unless told otherwise.
 pub const DIR: &str = "/var/lib/wrenn";
@@ -140,7 +140,11 @@ impl Up {
         let next = format!("the next `wrenn up --dir {}` takes over what still runs", dir.display());
         let unpaused = tokio::select! {
             unpaused = agent.pause_all() => unpaused,
-            () = interrupts.next() => bail!("left at once; {next}"),
+            () = interrupts.next() => {
+                // What is being written would be waited for otherwise. It is as if the machine had lost power.
+                terminal::error(&anyhow!("left at once; {next}"));
+                std::process::exit(1)
+            }
         };
         shutdown.cancel();
         control_server.await?.context("the control plane")?;

@@ -265,6 +265,12 @@ async fn an_agent_that_ends_leaves_paused_capsules_paused_and_running_ones_runni
     assert_eq!(host.sh(ids[0], ASK).await, secrets[0]);
     assert!(host.agent.pause_all().await.is_empty());
     assert_eq!(host.processes(), 0);
+    // From then on nothing starts.
+    for refused in [host.resume(ids[0]).await, host.create(spec(CapsuleId::random())).await] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.code, ErrorCode::ResourceExhausted, "{error}");
+        assert!(error.message.as_deref().unwrap().contains("being stopped"), "{error}");
+    }
     let dir = host.put_away().await;
     let host = Host::open_in(dir, |_| {}).await;
     for (id, secret) in ids.into_iter().zip(secrets) {

@@ -106,7 +106,7 @@ impl From<op::Error> for Error {
 
 fn host_code(error: &host::Error) -> ErrorCode {
     match error {
-        host::Error::Unreachable(_) | host::Error::Full(_) => ErrorCode::HostUnavailable,
+        host::Error::Unreachable(_) | host::Error::Unable(_) | host::Error::Full(_) => ErrorCode::HostUnavailable,
         host::Error::State(_) => ErrorCode::InvalidState,
         host::Error::Late(_) | host::Error::Absent(_) | host::Error::Failed(_) | host::Error::Answer(_) => {
             ErrorCode::AgentError

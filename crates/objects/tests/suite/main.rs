@@ -2,6 +2,7 @@
 
 mod collecting;
 mod damage;
+mod faults;
 mod lazy;
 mod uploading;
 mod world;

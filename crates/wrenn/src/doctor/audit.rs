@@ -12,8 +12,17 @@ use super::objects::Stored;
 use crate::terminal::{self, Paint, Progress, Style};
 
 /// What lies in the directory besides what the agent has there.
-const BESIDE: [&str; 8] =
-    ["api-key", "api-key.new", "lock", "wrenn.db", "wrenn.db-journal", "wrenn.db-shm", "wrenn.db-wal", "lost+found"];
+const BESIDE: [&str; 9] = [
+    "api-key",
+    "api-key.new",
+    "lock",
+    "tls",
+    "wrenn.db",
+    "wrenn.db-journal",
+    "wrenn.db-shm",
+    "wrenn.db-wal",
+    "lost+found",
+];
 
 pub(super) async fn run(
     dir: &Path,
