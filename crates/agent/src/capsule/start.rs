@@ -345,7 +345,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             let Base::Snapshot(saved) = base else { return Err(Error::State) };
             // The guest is about to write to the disk, and if it comes to nothing this is what the pause had.
             let disk = dir.join(files::disk(saved.number));
-            host.clone_disk(&rootfs, &disk).await.map_err(Error::Disk)?;
+            host.clone_disk_durably(&rootfs, &disk).await.map_err(Error::Disk)?;
             let parent = dir.to_owned();
             // One that was booted has no working set of its own yet; its image's boot snapshot is nearly the same guest.
             let boot = host.images.get(&spec.image).and_then(|image| host.boots.get(image, spec.sizes()));
@@ -353,7 +353,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
                 if let Some(boot) = boot.filter(|_| !parent.join(files::WORKING_SET).exists()) {
                     take_working_set(&boot.dir, &parent)?;
                 }
-                files::sync(&disk).and_then(|()| files::sync(&parent))
+                files::sync(&parent)
             };
             blocking(durable).await.map_err(Error::Place)?;
             saved.clone()
