@@ -228,6 +228,7 @@ impl Driver {
             () = self.destroyed.cancelled() => Some(Life::Running(running)),
             exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
             exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => self.fail(pager::reason(exit)).await,
+            never = running.guest.keep_waking() => match never {},
             () = self.memory_arrived() => {
                 self.complete().await;
                 Some(Life::Running(running))

@@ -159,14 +159,14 @@ pub async fn capture(
     }
 }
 
-/// Lets the guest run again, and its processes with it.
+/// Lets the guest run again, and its processes with it; those that it does not within a while, its driver lets go on.
 async fn go_on(dir: &Path, running: &Running) -> bool {
     let resumed = async { running.client().await?.resume().await };
     if let Err(error) = resumed.await {
         warn!(dir = %dir.display(), error = &error as &dyn std::error::Error, "the guest stands still");
         return false;
     }
-    running.guest.unfreeze().await;
+    running.guest.wake().await;
     true
 }
 
