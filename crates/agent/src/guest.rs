@@ -406,6 +406,33 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn a_restore_fails_that_was_not_confirmed() {
+        // Nobody else's: every test has a process of its own.
+        let host_ip = Ipv4Addr::new(127, 73, (std::process::id() >> 8) as u8, std::process::id() as u8);
+        let restored = |machine_id: Option<&str>| Restored {
+            clock_offset: 0.0,
+            rng_reseeded: true,
+            connections_closed: Some(0),
+            machine_id: machine_id.map(str::to_owned),
+            hostname: None,
+            ssh_host_keys_removed: false,
+        };
+        for (answer, is_confirmed) in [(restored(None), false), (restored(Some("0")), true)] {
+            let listener = tokio::net::TcpListener::bind((host_ip, PORT)).await.unwrap();
+            let envd = axum::Router::new()
+                .route("/init", axum::routing::post(move || std::future::ready(axum::Json(answer.clone()))));
+            let envd = tokio::spawn(axum::serve(listener, envd).into_future());
+            let restoring =
+                Restoring { kind: RestoreKind::Fork, hostname: None, token: "", metadata: Metadata::default() };
+            let done = Guest::new(host_ip, String::new()).restore(&BTreeMap::new(), &restoring).await;
+            assert_eq!(done.is_ok(), is_confirmed, "{done:?}");
+            assert!(is_confirmed || matches!(done, Err(Error::Unconfirmed(_))), "{done:?}");
+            envd.abort();
+            let _ = envd.await;
+        }
+    }
+
     #[test]
     fn a_guest_path_is_cut_without_being_decoded() {
         let cut = |uri: &'static str| split(&Uri::from_static(uri)).map(|(id, path)| (id, path.as_str().to_owned()));
