@@ -167,7 +167,7 @@ impl Driver {
             match start::start(&self.host, &mut self.journal, origin, &self.destroyed).await {
                 Err(error) if error.is_of_origin() => {
                     warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
-                    self.host.boots.discard(&point);
+                    self.host.boots.discard(&name, sizes, &point);
                     if self.stop().await.is_err() {
                         return Err(error);
                     }
