@@ -227,7 +227,9 @@ impl Driver {
             biased;
             () = self.destroyed.cancelled() => Some(Life::Running(running)),
             exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
-            exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => self.fail(pager::reason(exit)).await,
+            exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => {
+                self.fail(pager::reason(exit, self.journal.dir())).await
+            }
             never = running.guest.keep_waking() => match never {},
             () = self.memory_arrived() => {
                 self.complete().await;

@@ -196,6 +196,24 @@ async fn damage_is_told_and_leaves_the_capsule_paused() {
 }
 
 #[tokio::test]
+async fn a_capsule_whose_pager_is_never_ready_can_be_destroyed() {
+    // As one whose object store does not answer.
+    let never = ["-c", "exec sleep 1000"].map(Into::into).to_vec();
+    let host = Host::open(|config| config.pager = ("/bin/sh".into(), never)).await;
+    let id = created(&host).await;
+    host.pause(id).await.unwrap();
+    let (resumed, ()) = tokio::join!(host.resume(id), async {
+        while host.processes() < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        tokio::time::timeout(Duration::from_secs(30), host.destroy(id)).await.expect("it is destroyed");
+    });
+    resumed.unwrap_err();
+    assert_eq!((host.holds(), host.processes()), (0, 0));
+    host.close().await;
+}
+
+#[tokio::test]
 async fn a_pager_or_vmm_that_dies_ends_the_capsule_with_a_reason() {
     let host = Host::open(|_| {}).await;
     for (process, word) in [("pager", "memory"), ("vmm", "VMM")] {
