@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::CapsuleId;
 use api::egress::Policy;
@@ -33,6 +33,10 @@ const SETTLING: Duration = Duration::from_secs(6);
 /// How many there are at most. Each takes the disk and memory that a booted guest has written.
 const MOST: usize = 16;
 
+/// Pauses after an attempt that came to nothing, or to something of no use: the first, and the longest. One cause is soon over,
+/// as when a guest was killed for want of memory; an image that cannot be snapshotted must not keep the host busy.
+const AGAIN: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(3600)];
+
 /// An image and a size.
 type Key = (String, Sizes);
 
@@ -50,10 +54,31 @@ pub struct Boots {
 struct State {
     points: BTreeMap<String, Arc<Point>>,
     wanted: Vec<Key>,
-    /// Sizes that were tried, whether or not anything came of it.
-    tried: BTreeSet<Key>,
+    /// What was ever wanted.
+    tried: BTreeMap<Key, Attempts>,
     /// The task that makes what is wanted, one after the other.
     maker: Option<tokio::task::JoinHandle<()>>,
+}
+
+/// How often there was to be a boot snapshot of something.
+#[derive(Debug, Default)]
+struct Attempts {
+    /// How many came to nothing.
+    failed: u32,
+    /// From when on there may be another; `None` while one is made, or was made and is good.
+    again: Option<Instant>,
+}
+
+impl Attempts {
+    fn fail(&mut self, now: Instant) {
+        let [first, longest] = AGAIN;
+        self.again = Some(now + first.saturating_mul(1 << self.failed.min(16)).min(longest));
+        self.failed += 1;
+    }
+
+    fn may_begin(&self, now: Instant) -> bool {
+        self.again.is_some_and(|again| now >= again)
+    }
 }
 
 impl Boots {
@@ -78,22 +103,30 @@ impl Boots {
         self.lock().points.get(&name).cloned()
     }
 
-    /// Throws away one that turned out to be of no use.
-    pub fn discard(&self, point: &Arc<Point>) {
+    /// Throws away that of an image and those sizes, which turned out to be of no use.
+    pub fn discard(&self, image: &str, sizes: Sizes, point: &Arc<Point>) {
         point.doom();
-        self.lock().points.retain(|_, other| !Arc::ptr_eq(point, other));
+        let mut state = self.lock();
+        let before = state.points.len();
+        state.points.retain(|_, other| !Arc::ptr_eq(point, other));
+        // Several may find that at once.
+        if state.points.len() < before {
+            state.tried.entry((image.to_owned(), sizes)).or_default().fail(Instant::now());
+        }
     }
 
-    /// Has one made in the background if there is none, and it was not tried yet.
+    /// Has one made in the background if there is none, and the last attempt was not just now.
     pub fn want(host: &Arc<Host>, image: &str, sizes: Sizes) {
         let boots = &host.boots;
         let Some(name) = host.images.get(image).and_then(|file| boots.name(file, sizes)) else { return };
         let key = (image.to_owned(), sizes);
         let mut state = boots.lock();
         let is_new = !state.points.contains_key(&name) && state.points.len() + state.wanted.len() < MOST;
-        if boots.stop.is_cancelled() || !is_new || !state.tried.insert(key.clone()) {
+        let is_due = state.tried.get(&key).is_none_or(|attempts| attempts.may_begin(Instant::now()));
+        if boots.stop.is_cancelled() || !is_new || !is_due {
             return;
         }
+        state.tried.entry(key.clone()).or_default().again = None;
         state.wanted.push(key);
         if state.maker.as_ref().is_none_or(|maker| maker.is_finished()) {
             state.maker = Some(tokio::spawn(make_all(host.clone())));
@@ -158,7 +191,10 @@ async fn make_all(host: Arc<Host>) {
         match make(&host, &image, sizes).await {
             Ok(()) => info!(image, ?sizes, "took a boot snapshot"),
             Err(_) if boots.stop.is_cancelled() => {}
-            Err(error) => warn!(image, ?sizes, error = crate::chain(&error), "no boot snapshot could be taken"),
+            Err(error) => {
+                warn!(image, ?sizes, error = crate::chain(&error), "no boot snapshot could be taken");
+                boots.lock().tried.entry((image, sizes)).or_default().fail(Instant::now());
+            }
         }
     }
 }
@@ -254,4 +290,25 @@ async fn rehearse(host: &Arc<Host>, journal: &mut Journal, point: &Point) -> Res
         warn!(error = crate::chain(&error), "a boot snapshot without a working set");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_tried_again_after_ever_longer_pauses() {
+        let (mut attempts, mut now, mut pauses) = (Attempts::default(), Instant::now(), Vec::new());
+        assert!(!attempts.may_begin(now), "one is made");
+        for _ in 0..40 {
+            attempts.fail(now);
+            let again = attempts.again.unwrap();
+            assert!(!attempts.may_begin(again - Duration::from_millis(1)) && attempts.may_begin(again));
+            pauses.push((again - now).as_secs());
+            (attempts.again, now) = (None, again);
+            assert!(!attempts.may_begin(now));
+        }
+        assert_eq!(pauses[..10], [10, 20, 40, 80, 160, 320, 640, 1280, 2560, 3600]);
+        assert!(pauses[10..].iter().all(|pause| *pause == 3600));
+    }
 }

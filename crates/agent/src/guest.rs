@@ -1,9 +1,11 @@
 //! The way into a guest: the agent's own questions to envd, and the path on which all guest traffic passes undecoded.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_api::{CALLS, CapsuleState};
 use axum::body::{Body, to_bytes};
@@ -19,7 +21,7 @@ use http_body_util::Full;
 use proxy::{Upstream, boxed};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::Agent;
 use crate::capsule::{Cut, Observed, Open};
@@ -36,6 +38,10 @@ const DIAL_WAKING: Duration = Duration::from_millis(500);
 const REFUSED: Duration = Duration::from_millis(2);
 /// How long a guest may take to ready itself for a snapshot, per step.
 const ORDER: Duration = Duration::from_secs(5);
+/// Who was told the time and answered later than that was told an old one.
+const PROMPT: Duration = Duration::from_secs(1);
+/// Pauses between two attempts to let a guest go on: the first, and the longest.
+const AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// Bytes of entropy that a restored guest gets.
 const ENTROPY: usize = 64;
 /// Answers of envd to the agent are small.
@@ -53,9 +59,12 @@ pub enum Error {
     /// An answer, but not the one that was hoped for.
     #[error("envd answered {status} to {path}: {body}")]
     Refused { path: &'static str, status: StatusCode, body: String },
+    /// No answer in time.
+    #[error("envd did not answer to {path} within {} s", ORDER.as_secs())]
+    Late { path: &'static str },
     /// A restored guest that does not say that it is nobody's twin.
-    #[error("the guest did not confirm that its randomness is its own")]
-    Unconfirmed,
+    #[error("the guest did not confirm that {0} its own")]
+    Unconfirmed(&'static str),
     /// No entropy for a restored guest.
     #[error("drawing entropy for the guest")]
     Entropy(#[source] getrandom::Error),
@@ -85,6 +94,8 @@ pub struct Guest {
     pub ports: Ports,
     /// For what comes by [`forward`].
     calls: Arc<Semaphore>,
+    /// How often it has to confirm yet that it goes on: it was stopped, its processes may stand still and its clock be late.
+    held: AtomicU8,
 }
 
 impl std::fmt::Debug for Guest {
@@ -98,7 +109,8 @@ impl Guest {
     pub fn new(host_ip: Ipv4Addr, token: String) -> Self {
         let address = SocketAddr::from((host_ip, PORT));
         let calls = Arc::new(Semaphore::new(CALLS));
-        Self { address, upstream: Upstream::new(address), token, ports: Ports::new(host_ip), calls }
+        let (upstream, ports) = (Upstream::new(address), Ports::new(host_ip));
+        Self { address, upstream, token, ports, calls, held: AtomicU8::new(0) }
     }
 
     /// What envd demands of every request.
@@ -140,14 +152,20 @@ impl Guest {
         let path = "/init";
         let answer = self.ask(path, http::Method::POST, body(&init), restoring.token).await?;
         let restored: Restored = serde_json::from_slice(&answer).map_err(|source| Error::Malformed { path, source })?;
-        if restored.rng_reseeded { Ok(()) } else { Err(Error::Unconfirmed) }
+        match unconfirmed(restoring, &restored) {
+            None => Ok(()),
+            Some(what) => Err(Error::Unconfirmed(what)),
+        }
     }
 
     /// Readies the guest for a snapshot: file systems written, users' processes still. Whatever it does not do in time is
-    /// only less convenient, and nothing that a guest can keep itself from being paused with.
+    /// only less convenient, and nothing that a guest can keep itself from being paused with. One that is not paused after
+    /// all, or goes on after it, has to be [woken](Self::wake).
     pub async fn prepare(&self) {
-        for path in ["/snapshot/prepare", "/freeze"] {
-            self.order(path).await;
+        self.held.store(1, Ordering::Relaxed);
+        self.order("/snapshot/prepare").await;
+        if !self.order("/freeze").await {
+            self.hold();
         }
     }
 
@@ -156,18 +174,56 @@ impl Guest {
         self.order("/snapshot/warm-up").await;
     }
 
-    /// Lets users' processes go on that [`prepare`](Self::prepare) has stopped.
-    pub async fn unfreeze(&self) {
-        self.order("/unfreeze").await;
+    /// Notes that it may have been stopped, and may still be: what has it stand still was not answered in time, so it may come
+    /// to it behind the first word that it goes on.
+    pub fn hold(&self) {
+        self.held.store(2, Ordering::Relaxed);
     }
 
-    async fn order(&self, path: &'static str) {
-        let asked = self.ask(path, http::Method::POST, Bytes::new(), &self.token);
-        match tokio::time::timeout(ORDER, asked).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => warn!(guest = ?self, path, error = crate::chain(&error), "the guest did not do it"),
-            Err(_) => warn!(guest = ?self, path, "the guest did not do it in time"),
+    /// Lets users' processes go on that were stopped, and has the clock be right, which stood still with the VMM. One attempt:
+    /// what comes to nothing here is for [`keep_waking`](Self::keep_waking).
+    pub async fn wake(&self) {
+        if let Err(error) = self.try_wake().await {
+            warn!(guest = ?self, error = crate::chain(&error), "the guest does not go on yet");
         }
+    }
+
+    /// Wakes a guest that may be held until it confirms it, and never ends: who drops this knows that there is nobody to be
+    /// woken any more. On a loaded host it may take long, and until then whatever is begun in the guest stands still.
+    pub async fn keep_waking(&self) -> Infallible {
+        let [mut pause, longest] = AGAIN;
+        while self.held.load(Ordering::Relaxed) > 0 {
+            tokio::time::sleep(pause).await;
+            pause = longest.min(pause * 2);
+            if let Err(error) = self.try_wake().await {
+                debug!(guest = ?self, error = crate::chain(&error), "the guest still does not go on");
+            }
+        }
+        std::future::pending().await
+    }
+
+    async fn try_wake(&self) -> Result<(), Error> {
+        let begun = Instant::now();
+        self.ask_in_time("/init", body(&Init { timestamp: timestamp(), ..Init::default() })).await?;
+        if begun.elapsed() < PROMPT {
+            // Nobody else counts down.
+            self.held.store(self.held.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// False when it was not done, or may yet be.
+    async fn order(&self, path: &'static str) -> bool {
+        let done = self.ask_in_time(path, Bytes::new()).await;
+        if let Err(error) = &done {
+            warn!(guest = ?self, path, error = crate::chain(error), "the guest did not do it");
+        }
+        done.is_ok()
+    }
+
+    async fn ask_in_time(&self, path: &'static str, body: Bytes) -> Result<(), Error> {
+        let asked = self.ask(path, http::Method::POST, body, &self.token);
+        tokio::time::timeout(ORDER, asked).await.map_err(|_| Error::Late { path })?.map(drop)
     }
 
     /// Waits until envd can be dialled; a dial may take so long. What is asked next goes that way.
@@ -186,7 +242,7 @@ impl Guest {
             access_token: Some(self.token.clone()),
             default_user: Some("root".into()),
             env_vars: Some(default_env.clone().into_iter().collect()),
-            timestamp: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64()),
+            timestamp: timestamp(),
             ..Init::default()
         }
     }
@@ -207,6 +263,29 @@ impl Guest {
         }
         Err(Error::Refused { path, status, body: String::from_utf8_lossy(&body).into_owned() })
     }
+}
+
+/// What a restored guest has not confirmed that it must: one that wakes from its own pause is who it was, one that wakes from
+/// another's past must not be that.
+fn unconfirmed(restoring: &Restoring<'_>, restored: &Restored) -> Option<&'static str> {
+    let is_named = restoring.hostname.is_none_or(|name| restored.hostname.as_deref() == Some(name));
+    let of_a_fork = [
+        // Host keys are not asked for: not every guest has any, and a failure to replace them is one of the answer.
+        (restored.machine_id.is_some(), "its machine id is"),
+        (is_named, "its name is"),
+        (restored.connections_closed.is_some(), "its connections are"),
+    ];
+    let of_all = [(restored.rng_reseeded, "its randomness is")];
+    let asked = match restoring.kind {
+        RestoreKind::Resume => &of_a_fork[..0],
+        RestoreKind::Fork => &of_a_fork[..],
+    };
+    of_all.iter().chain(asked).find(|(is_confirmed, _)| !is_confirmed).map(|&(_, what)| what)
+}
+
+/// The time as envd is told it.
+fn timestamp() -> Option<f64> {
+    SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64())
 }
 
 fn body(init: &Init) -> Bytes {
@@ -296,6 +375,63 @@ fn refusal(status: StatusCode, code: &str, message: String) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_must_confirm_what_would_make_it_another_s_twin() {
+        let restoring = |kind, hostname| Restoring { kind, hostname, token: "", metadata: Metadata::default() };
+        let confirmed = Restored {
+            clock_offset: 0.0,
+            rng_reseeded: true,
+            connections_closed: Some(0),
+            machine_id: Some("0123456789abcdef0123456789abcdef".into()),
+            hostname: Some("cl-1".into()),
+            ssh_host_keys_removed: false,
+        };
+        let nothing = Restored { connections_closed: None, machine_id: None, hostname: None, ..confirmed.clone() };
+        let (resume, fork) = (restoring(RestoreKind::Resume, None), restoring(RestoreKind::Fork, Some("cl-1")));
+        let unnamed = restoring(RestoreKind::Fork, None);
+        assert_eq!(unconfirmed(&resume, &nothing), None);
+        assert_eq!(unconfirmed(&fork, &confirmed), None);
+        assert_eq!(unconfirmed(&unnamed, &Restored { hostname: None, ..confirmed.clone() }), None);
+        for (restoring, restored, what) in [
+            (&resume, Restored { rng_reseeded: false, ..nothing.clone() }, "its randomness is"),
+            (&fork, Restored { rng_reseeded: false, ..confirmed.clone() }, "its randomness is"),
+            (&fork, Restored { machine_id: None, ..confirmed.clone() }, "its machine id is"),
+            (&unnamed, Restored { machine_id: None, ..confirmed.clone() }, "its machine id is"),
+            (&fork, Restored { hostname: None, ..confirmed.clone() }, "its name is"),
+            (&fork, Restored { hostname: Some("cl-2".into()), ..confirmed.clone() }, "its name is"),
+            (&fork, Restored { connections_closed: None, ..confirmed.clone() }, "its connections are"),
+        ] {
+            assert_eq!(unconfirmed(restoring, &restored), Some(what), "{restored:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_restore_fails_that_was_not_confirmed() {
+        // Nobody else's: every test has a process of its own.
+        let host_ip = Ipv4Addr::new(127, 73, (std::process::id() >> 8) as u8, std::process::id() as u8);
+        let restored = |machine_id: Option<&str>| Restored {
+            clock_offset: 0.0,
+            rng_reseeded: true,
+            connections_closed: Some(0),
+            machine_id: machine_id.map(str::to_owned),
+            hostname: None,
+            ssh_host_keys_removed: false,
+        };
+        for (answer, is_confirmed) in [(restored(None), false), (restored(Some("0")), true)] {
+            let listener = tokio::net::TcpListener::bind((host_ip, PORT)).await.unwrap();
+            let envd = axum::Router::new()
+                .route("/init", axum::routing::post(move || std::future::ready(axum::Json(answer.clone()))));
+            let envd = tokio::spawn(axum::serve(listener, envd).into_future());
+            let restoring =
+                Restoring { kind: RestoreKind::Fork, hostname: None, token: "", metadata: Metadata::default() };
+            let done = Guest::new(host_ip, String::new()).restore(&BTreeMap::new(), &restoring).await;
+            assert_eq!(done.is_ok(), is_confirmed, "{done:?}");
+            assert!(is_confirmed || matches!(done, Err(Error::Unconfirmed(_))), "{done:?}");
+            envd.abort();
+            let _ = envd.await;
+        }
+    }
 
     #[test]
     fn a_guest_path_is_cut_without_being_decoded() {

@@ -353,6 +353,16 @@ impl Host {
         blocking(move || disks.copy(&disk, &dest))
     }
 
+    /// The same, for a disk that must be there as a whole if it is after a power cut; its name is the caller's to sync.
+    pub fn clone_disk_durably(
+        &self,
+        disk: &Path,
+        dest: &Path,
+    ) -> impl Future<Output = Result<(), disk::Error>> + Send + use<> {
+        let (disks, disk, dest) = (self.disks.clone(), disk.to_owned(), dest.to_owned());
+        blocking(move || disks.copy_durably(&disk, &dest))
+    }
+
     /// Makes a disk ready for a VMM, and says what that opens.
     pub fn attach_disk(&self, disk: &Path) -> impl Future<Output = Result<Attached, disk::Error>> + Send + use<> {
         let (disks, disk) = (self.disks.clone(), disk.to_owned());

@@ -104,13 +104,14 @@ impl Point {
         Ok(())
     }
 
-    /// Has it removed once nobody holds it. From now on it is garbage, also for the next agent.
+    /// Has it removed once nobody holds it. From now on it is garbage, also for the next agent, and after a power cut.
     pub fn doom(&self) {
         self.is_doomed.store(true, Ordering::Release);
-        if let Err(error) = fs::remove_file(self.dir.join(META))
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            warn!(dir = %self.dir.display(), %error, "a point stays");
+        match fs::remove_file(self.dir.join(META)).and_then(|()| files::sync(&self.dir)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!(dir = %self.dir.display(), %error, "a point stays");
+            }
+            _ => {}
         }
     }
 }

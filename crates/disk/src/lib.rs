@@ -35,7 +35,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 pub use backend::{Backend, UnknownBackend};
-use backend::{name, share_or_copy, unnamed_beside};
+use backend::{Filled, name, share_or_copy, unnamed_beside};
 use cow::{CHUNK, Cow};
 use devices::Devices;
 pub use error::Error;
@@ -191,18 +191,35 @@ impl Disks {
     /// Makes `dest`, another disk that is what `disk` is now, in full or not at all. `disk` may be attached: whoever writes to
     /// it has to stand still. It may also be a file that is no disk of this crate's, which becomes a plain one.
     pub fn copy(&self, disk: &Path, dest: &Path) -> Result<(), Error> {
+        let (new, _) = self.copy_unnamed(disk, dest)?;
+        name(&new, dest).map_err(Error::write(dest))
+    }
+
+    /// The same, where what is found after a power cut has to be all of it: `dest` is that whenever its name is durable, which
+    /// is the caller's to see to, by syncing its directory.
+    pub fn copy_durably(&self, disk: &Path, dest: &Path) -> Result<(), Error> {
+        let (new, filled) = self.copy_unnamed(disk, dest)?;
+        // Before the name: somebody else's sync, or the file system's timer, may make that durable at once, and the length.
+        if !filled.is_durable_with_name(&new).map_err(Error::write(dest))? {
+            new.sync_all().map_err(Error::write(dest))?;
+        }
+        name(&new, dest).map_err(Error::write(dest))
+    }
+
+    fn copy_unnamed(&self, disk: &Path, dest: &Path) -> Result<(File, Filled), Error> {
         let src = File::open(disk).map_err(Error::read(disk))?;
         let new = unnamed_beside(dest)?;
-        match Cow::of(&src).map_err(Error::disk(disk))? {
+        let filled = match Cow::of(&src).map_err(Error::disk(disk))? {
             None => self.backend.fill(&src, &new).map_err(Error::write(dest))?,
             Some(cow) => {
                 let copy = || share_or_copy(&src, &new).map_err(Error::write(dest));
-                self.devices.while_still(disk, copy)?;
+                let filled = self.devices.while_still(disk, copy)?;
                 cow::trim(&new).map_err(Error::disk(disk))?;
                 cow.mark(&new).map_err(Error::write(dest))?;
+                filled
             }
-        }
-        name(&new, dest).map_err(Error::write(dest))
+        };
+        Ok((new, filled))
     }
 
     /// Makes the disk ready for one VMM, and says what that opens. A copy-on-write disk gets its device, and the space that

@@ -167,7 +167,7 @@ impl Driver {
             match start::start(&self.host, &mut self.journal, origin, &self.destroyed).await {
                 Err(error) if error.is_of_origin() => {
                     warn!(capsule = %id, error = crate::chain(&error), "a boot snapshot is of no use; booting");
-                    self.host.boots.discard(&point);
+                    self.host.boots.discard(&name, sizes, &point);
                     if self.stop().await.is_err() {
                         return Err(error);
                     }
@@ -227,7 +227,10 @@ impl Driver {
             biased;
             () = self.destroyed.cancelled() => Some(Life::Running(running)),
             exit = running.process.exited() => self.fail(format!("the VMM ended by itself ({exit})")).await,
-            exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => self.fail(pager::reason(exit)).await,
+            exit = pager::lost(running.pager.as_ref(), self.journal.dir()) => {
+                self.fail(pager::reason(exit, self.journal.dir())).await
+            }
+            never = running.guest.keep_waking() => match never {},
             () = self.memory_arrived() => {
                 self.complete().await;
                 Some(Life::Running(running))

@@ -14,6 +14,8 @@ use super::start::{Error, Running};
 use super::{Spec, files, save};
 use crate::host::Host;
 
+/// From a pager's start until it can serve; one whose memory is in an object store asks that first.
+const READY_LIMIT: Duration = Duration::from_secs(120);
 /// Pause between two looks for what the pager says.
 const READY_PAUSE: Duration = Duration::from_millis(1);
 /// What a pager exits with when the snapshot is of no use.
@@ -80,13 +82,19 @@ pub async fn start(
     let log = dir.join(files::PAGER_LOG);
     let companion = Companion { binary, args: &args, environment: &environment, dir, cgroup: &cgroup, log: &log };
     let pager = companion.spawn().await.map_err(Error::Pager)?;
-    while !has_said(dir, "ready") {
-        if let Some(exit) = pager.exit() {
-            return Err(Error::PagerDied(exit));
+    let ready = async {
+        while !has_said(dir, "ready") {
+            if let Some(exit) = pager.exit() {
+                return Err(Error::PagerDied(exit));
+            }
+            tokio::time::sleep(READY_PAUSE).await;
         }
-        tokio::time::sleep(READY_PAUSE).await;
+        Ok(())
+    };
+    match tokio::time::timeout(READY_LIMIT, ready).await {
+        Ok(ready) => ready.map(|()| pager),
+        Err(_) => Err(Error::PagerSilent),
     }
-    Ok(pager)
 }
 
 /// Resolves when a pager ends though it is needed; never for one that has done its work, or where there is none.
@@ -102,10 +110,15 @@ pub fn is_whole(dir: &Path) -> bool {
     has_said(dir, "whole")
 }
 
-/// What is told of a capsule whose pager ended though it is needed.
-pub fn reason(exit: Exit) -> String {
+/// What is told of the capsule in `dir`, whose pager ended though it is needed.
+pub fn reason(exit: Exit, dir: &Path) -> String {
     match exit {
-        STARVED => "memory that it needed did not come from the object store".into(),
+        STARVED => {
+            // It may have been this host that could not take it, and only the pager knows.
+            let log = std::fs::read_to_string(dir.join(files::PAGER_LOG)).unwrap_or_default();
+            let why = log.lines().rev().find_map(|line| line.strip_prefix("error: ")).unwrap_or("it did not say why");
+            format!("memory that it needed from the object store is not here: {why}")
+        }
         exit => format!("the process that serves its memory ended by itself ({exit})"),
     }
 }
@@ -153,5 +166,21 @@ pub fn why(failed: &save::Failed, lost: Option<Exit>) -> String {
     match lost {
         Some(exit) => format!("the process that serves its memory ended by itself ({exit}), and so {why}"),
         None => why,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pager_that_starved_is_quoted() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |exit| reason(exit, dir.path());
+        assert!(of(STARVED).ends_with("it did not say why"));
+        let log = "ready\nerror: fetch the page of guest memory at 0x1000: No space left on device (os error 28)\n";
+        std::fs::write(dir.path().join(files::PAGER_LOG), log).unwrap();
+        assert!(of(STARVED).contains("object store") && of(STARVED).contains("No space left"), "{}", of(STARVED));
+        assert!(!of(DAMAGED).contains("object store"));
     }
 }

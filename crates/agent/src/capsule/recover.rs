@@ -226,6 +226,8 @@ async fn takeover(host: &Host, journal: &Journal) -> Option<Running> {
         None => None,
     };
     let guest = Arc::new(Guest::new(slot.host_ip(), record.token.clone()));
+    // The record does not say whether it was told to go on after it was saved; its driver asks.
+    guest.hold();
     Some(Running { process, pager, guest })
 }
 
@@ -259,8 +261,8 @@ async fn go_on(journal: &Journal, running: &Running) -> bool {
         return false;
     }
     if journal.record().base == Base::Lost {
-        // It may have been about to be saved, with its processes stopped.
-        running.guest.unfreeze().await;
+        // It may have been about to be saved, with its processes stopped, for as long as there was no agent.
+        running.guest.wake().await;
     }
     true
 }

@@ -79,9 +79,11 @@ pub async fn pause(host: &Arc<Host>, journal: &mut Journal, running: &Running) -
         let (synced, packed) = tokio::join!(host.sync_disk(&disk), save.pack(host, journal, running));
         // Before there is a header: who finds that, and no VMM, takes the pause for whole.
         synced.map_err(Error::Sync)?;
-        save.keep(host, journal, running, packed?).await
+        save.keep(host, journal, packed?).await
     };
-    let (error, whole) = match saved.await {
+    let saved = saved.await;
+    give_back_dump(journal.dir(), running).await;
+    let (error, whole) = match saved {
         Ok(saved) => match journal.commit(|record| save.done(record, Phase::Paused, saved.clone())) {
             Ok(()) => return Ok(()),
             Err(error) => (Error::Record(error), Some(saved)),
@@ -134,7 +136,7 @@ pub async fn capture(
     let kept = async {
         let is_base = stopped?;
         let packed = save.pack(host, journal, running).await?;
-        let saved = save.keep(host, journal, running, packed).await?;
+        let saved = save.keep(host, journal, packed).await?;
         save.place(host, journal, dest).await?;
         let digest = saved.state.clone();
         let done = |record: &mut Record| match is_base {
@@ -144,7 +146,9 @@ pub async fn capture(
         journal.update(done).map_err(Error::Record)?;
         Ok((digest, is_base))
     };
-    match kept.await {
+    let kept = kept.await;
+    give_back_dump(journal.dir(), running).await;
+    match kept {
         Ok((digest, is_base)) if goes_on => {
             files::tidy(&host.memory, journal.dir(), is_base.then_some(save.number));
             Ok(digest)
@@ -159,20 +163,30 @@ pub async fn capture(
     }
 }
 
-/// Lets the guest run again, and its processes with it.
+/// Lets the guest run again, and its processes with it; those that it does not within a while, its driver lets go on.
 async fn go_on(dir: &Path, running: &Running) -> bool {
     let resumed = async { running.client().await?.resume().await };
     if let Err(error) = resumed.await {
         warn!(dir = %dir.display(), error = &error as &dyn std::error::Error, "the guest stands still");
         return false;
     }
-    running.guest.unfreeze().await;
+    running.guest.wake().await;
     true
 }
 
 /// What the VMM has written.
 fn scratch(running: &Running) -> Result<Scratch, Error> {
     running.process.scratch().cloned().ok_or_else(|| Error::Dump(io::ErrorKind::NotFound.into()))
+}
+
+/// Removes what the VMM has written, whatever came of it: it is memory beside what the capsule was promised, which may go on for
+/// long.
+async fn give_back_dump(dir: &Path, running: &Running) {
+    let Ok(scratch) = scratch(running) else { return };
+    let removed = blocking(move || scratch.remove(DUMP).and_then(|()| scratch.remove(STATE)));
+    if let Err(error) = removed.await {
+        warn!(dir = %dir.display(), %error, "what the VMM wrote for a save stays until the next");
+    }
 }
 
 /// Keeps what the VMM wrote of its own state, whatever that is: nobody but a VMM reads it.
@@ -256,18 +270,11 @@ impl Save {
         &self,
         host: &Arc<Host>,
         journal: &Journal,
-        running: &Running,
         (packed, saved): (Packed, Saved),
     ) -> Result<Saved, Error> {
-        let (scratch, store, header) =
-            (scratch(running)?, host.memory.clone(), journal.dir().join(files::memory(self.number)));
-        let keep = move || {
-            store.commit(&packed, &header).map_err(Error::Memory)?;
-            // It is memory, and the capsule may go on for long.
-            scratch.remove(DUMP).and_then(|()| scratch.remove(STATE)).map_err(Error::Dump)?;
-            Ok(saved)
-        };
-        blocking(keep).await
+        let (store, header) = (host.memory.clone(), journal.dir().join(files::memory(self.number)));
+        blocking(move || store.commit(&packed, &header)).await.map_err(Error::Memory)?;
+        Ok(saved)
     }
 
     /// Gives a point its share of the snapshot.

@@ -86,6 +86,9 @@ pub enum Error {
     /// The pager ended before the guest answered.
     #[error("the pager ended during the start ({0})")]
     PagerDied(Exit),
+    /// The pager had nothing to serve for too long.
+    #[error("the process that serves its memory was not ready in time")]
+    PagerSilent,
     /// The guest booted for too long.
     #[error("the guest did not answer within {} s", GUEST_LIMIT.as_secs())]
     Silent,
@@ -123,6 +126,7 @@ impl Error {
             | Self::Configure(_)
             | Self::Died(_)
             | Self::PagerDied(_)
+            | Self::PagerSilent
             | Self::Silent
             | Self::Guest(_) => true,
             Self::Record(_)
@@ -226,10 +230,11 @@ pub async fn start(
     host.cgroup(spec.id).create().map_err(Error::Cgroup)?;
     files::make_vm(&dir).map_err(Error::Place)?;
 
-    // Both are waited for even if one fails: what is half-made must not grow behind the back of the release.
+    // Both are waited for even if one fails: what is half-made must not grow behind the back of the release. A pager that may
+    // never be ready is not: it is a process, which the release ends.
     let (process, placed) = tokio::join!(
         launch(host, journal.record(), &dir, slot),
-        place(host, &dir, origin, journal.record(), host.user(slot))
+        place(host, &dir, origin, journal.record(), host.user(slot), cancelled)
     );
     let (process, Placed { saved, pager }) = (process?, placed?);
     let recorded = journal.update(|record| {
@@ -329,7 +334,14 @@ struct Placed {
 
 /// Puts what the capsule begins from into its directory, gives it to `user`, as whom its VMM runs, and starts the pager where
 /// there is memory to serve.
-async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, user: u32) -> Result<Placed, Error> {
+async fn place(
+    host: &Host,
+    dir: &Path,
+    origin: Origin<'_>,
+    record: &Record,
+    user: u32,
+    cancelled: &CancellationToken,
+) -> Result<Placed, Error> {
     let Record { spec, base, .. } = record;
     let rootfs = dir.join(files::DISK);
     let saved = match origin {
@@ -345,7 +357,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
             let Base::Snapshot(saved) = base else { return Err(Error::State) };
             // The guest is about to write to the disk, and if it comes to nothing this is what the pause had.
             let disk = dir.join(files::disk(saved.number));
-            host.clone_disk(&rootfs, &disk).await.map_err(Error::Disk)?;
+            host.clone_disk_durably(&rootfs, &disk).await.map_err(Error::Disk)?;
             let parent = dir.to_owned();
             // One that was booted has no working set of its own yet; its image's boot snapshot is nearly the same guest.
             let boot = host.images.get(&spec.image).and_then(|image| host.boots.get(image, spec.sizes()));
@@ -353,7 +365,7 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
                 if let Some(boot) = boot.filter(|_| !parent.join(files::WORKING_SET).exists()) {
                     take_working_set(&boot.dir, &parent)?;
                 }
-                files::sync(&disk).and_then(|()| files::sync(&parent))
+                files::sync(&parent)
             };
             blocking(durable).await.map_err(Error::Place)?;
             saved.clone()
@@ -378,13 +390,15 @@ async fn place(host: &Host, dir: &Path, origin: Origin<'_>, record: &Record, use
     let working_set = origin.working_set(dir).map(|path| (path, origin.is_noted()));
     if record.is_remote {
         check_state(dir, &saved).await?;
-        let pager = pager::start(host, spec, dir, user, Served::Remote, working_set).await?;
+        let started = pager::start(host, spec, dir, user, Served::Remote, working_set);
+        let pager = cancelled.run_until_cancelled(started).await.ok_or(Error::Cancelled)??;
         return Ok(Placed { saved: Some(saved), pager: Some(pager) });
     }
     // Until the pager has opened everything, a merge of this memory must not take anything away.
     let held = host.memory.hold(&dir.join(files::memory(saved.number))).map_err(Error::Link)?;
     check(host, dir, &saved).await?;
-    let pager = pager::start(host, spec, dir, user, Served::Own(saved.number), working_set).await?;
+    let started = pager::start(host, spec, dir, user, Served::Own(saved.number), working_set);
+    let pager = cancelled.run_until_cancelled(started).await.ok_or(Error::Cancelled)??;
     drop(held);
     debug!(capsule = %spec.id, "pager is ready");
     Ok(Placed { saved: Some(saved), pager: Some(pager) })

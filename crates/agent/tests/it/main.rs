@@ -4,6 +4,7 @@ mod audit;
 mod common;
 mod disks;
 mod endurance;
+mod held;
 mod killed;
 mod pause;
 mod points;

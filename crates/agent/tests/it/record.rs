@@ -172,7 +172,7 @@ async fn a_pause_that_cannot_be_recorded_loses_nothing() {
 }
 
 /// What the record is once an agent was killed in the middle of a pause.
-fn as_if_pausing(capsule: &Path) {
+pub fn as_if_pausing(capsule: &Path) {
     let path = capsule.join("record.json");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     (record["phase"], record["base"]) = ("pausing".into(), "lost".into());

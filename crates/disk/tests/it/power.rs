@@ -10,7 +10,8 @@ pub mod device;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use disk::{Attached, Backend, Disks, Error};
 use rustix::fs::MemfdFlags;
@@ -188,8 +189,7 @@ impl Capsule {
             Some(number) => {
                 self.write_record(Phase::Resuming, number, true)?;
                 let before = self.dir.join(format!("disk-{number}"));
-                self.disks.copy(&self.disk(), &before)?;
-                sync(&before)?;
+                beside_others(&self.dir, || self.disks.copy_durably(&self.disk(), &before))?;
                 sync(&self.dir)?;
                 number
             }
@@ -253,8 +253,32 @@ fn write(guest: &mut Guest, user: &File, dump: Option<&File>, random: &mut Rando
     Ok(())
 }
 
-fn sync(path: &std::path::Path) -> io::Result<()> {
+fn sync(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
+}
+
+/// Does `it` while others sync what is theirs in the same file system, without end and once after it: names and lengths become
+/// durable with that, and blocks that wait to be written do not.
+fn beside_others<T>(dir: &Path, it: impl FnOnce() -> T) -> T {
+    let is_done = AtomicBool::new(false);
+    // They see that the power is gone, too, and it is not theirs to say so.
+    let others = || -> io::Result<()> {
+        loop {
+            let is_last = is_done.load(Ordering::Relaxed);
+            let mut file = File::create(dir.join("others"))?;
+            file.write_all(b"theirs")?;
+            file.sync_all()?;
+            if is_last {
+                return Ok(());
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(others);
+        let done = it();
+        is_done.store(true, Ordering::Relaxed);
+        done
+    })
 }
 
 pub fn a_pause_that_was_acknowledged_survives_a_power_cut(backend: Backend) {
