@@ -123,6 +123,17 @@ pub async fn upload(host: &Host, objects: &Objects, dir: &Path, record: Record) 
     Ok(sent)
 }
 
+/// Whether the object store has the pause that `record` describes: that, and not an earlier one or nothing.
+pub async fn has(objects: &Objects, record: &Record) -> Result<bool, Error> {
+    let manifest = match objects.manifest(&name(record.spec.id)).await {
+        // An upload replaces it.
+        Err(objects::Error::Manifest { .. }) => None,
+        manifest => manifest.map_err(Error::Objects)?,
+    };
+    let there = manifest.and_then(|manifest| serde_json::from_slice::<Description>(&manifest.description).ok());
+    Ok(there.is_some_and(|there| there.capsule.spec.id == record.spec.id && there.capsule.base == record.base))
+}
+
 /// The files of what was saved in `dir`, whose header has to be held.
 pub async fn sources(
     host: &Host,
@@ -189,7 +200,7 @@ pub async fn adopt(host: &Arc<Host>, id: CapsuleId, generation: u64) -> Result<J
     record.phase = Phase::Starting;
     record.generation = record.generation.max(generation) + 1;
     (record.slot, record.vmm, record.pager) = (None, None, None);
-    record.uploaded = Some(saved.number);
+    (record.uploaded, record.uploaded_to) = (Some(saved.number), host.store());
     record.is_remote = true;
     let dir = host.capsules().join(id.to_string());
     let mut journal = Journal::create_with(dir.clone(), record).map_err(|error| match error.kind() {

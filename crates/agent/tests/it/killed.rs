@@ -226,11 +226,9 @@ impl World {
     /// Whatever was killed, the capsule is one of three things. One that failed is replaced.
     async fn is_whole(&mut self, victim: Victim) {
         let mut outcome = None;
-        let capsule = match self.agent.settled(self.id).await {
-            Some(capsule) if capsule.state != CapsuleState::Hibernated => capsule,
-            // An agent that was started since knows nothing of it.
+        let capsule = match self.agent.settled(self.id).await.expect("it is still told what became of it") {
+            capsule if capsule.state != CapsuleState::Hibernated => capsule,
             _ => {
-                assert_ne!(self.verbs, HERE, "it is still told what became of it");
                 outcome = Some("hibernated");
                 self.agent.caller().adopt(self.id).await.unwrap();
                 self.agent.settled(self.id).await.unwrap()

@@ -4,6 +4,7 @@ mod audit;
 mod common;
 mod disks;
 mod endurance;
+mod hibernated;
 mod killed;
 mod pause;
 mod points;
