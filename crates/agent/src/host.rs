@@ -122,6 +122,8 @@ pub struct Host {
     pub admission: Admission,
     /// One for each upload that may be under way.
     pub uploads: Semaphore,
+    /// Held by who brings an image to the object store or from there.
+    pub image_turn: tokio::sync::Mutex<()>,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
     pub instance: String,
 }
@@ -227,6 +229,7 @@ impl Host {
             boots,
             objects,
             uploads,
+            image_turn: tokio::sync::Mutex::default(),
             admission,
         })
     }

@@ -13,6 +13,7 @@ mod fork;
 pub mod guest;
 mod hibernated;
 pub mod host;
+pub mod images;
 mod metrics;
 pub mod point;
 pub mod ports;
@@ -259,6 +260,11 @@ impl Agent {
     fn sweep(&self) {
         let Some(objects) = self.host.objects.clone() else { return };
         tokio::spawn(async move {
+            let unneeded =
+                objects.collect_unneeded(images::DIRECTORY, SWEEP_GRACE, SWEEP_PATIENCE, images::needed).await;
+            if let Err(error) = unneeded {
+                warn!(error = chain(&error), "images that nothing needs stay in the object store for now");
+            }
             match objects.collect(SWEEP_GRACE, SWEEP_PATIENCE).await {
                 Ok(count) if count.objects > 0 => info!(?count, "removed from the object store"),
                 Ok(_) => {}

@@ -5,13 +5,14 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
-use objects::Objects;
+use objects::{Manifest, Objects};
 use tracing::{info, warn};
 
 use crate::Agent;
 use crate::capsule::files;
 use crate::capsule::remote::{self, Error};
 use crate::host::{Host, blocking};
+use crate::images;
 use crate::point::{self, Meta, Point};
 
 /// In the directory of a template that an object store has: which one.
@@ -86,8 +87,16 @@ async fn upload(host: &Host, objects: &Objects, template: &str, point: &Point) -
     let name = name(template);
     let sent = objects.upload(&name, description, sources).await.map_err(Error::Objects)?;
     drop(held);
+    if let Some(image) = &point.meta.image {
+        images::upload(host, objects, image).await?;
+    }
     info!(template, chunks = sent.chunks, bytes = sent.bytes, "uploaded");
     fs::write(point.dir.join(UPLOADED), host.store().unwrap_or_default()).map_err(Error::Keep)
+}
+
+/// The file name of the image under the disk of an upload, if that is a template's.
+pub fn image(manifest: &Manifest) -> Option<String> {
+    serde_json::from_slice::<Meta>(&manifest.description).ok()?.image
 }
 
 /// Makes a template of the object store one of this host; `None` where there is none.

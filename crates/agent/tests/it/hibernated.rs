@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use agent::Config;
 use agent::capsule::remote;
-use agent_api::{Capsule, CapsuleState, ListCapsulesRequest};
+use agent::images::{DIRECTORY, needed};
+use agent_api::{
+    Capsule, CapsuleSpec, CapsuleState, DeleteTemplateRequest, ListCapsulesRequest, SnapshotCapsuleRequest,
+};
 use api::CapsuleId;
 use connectrpc::ErrorCode;
+use objects::Objects;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
 
@@ -20,9 +24,13 @@ fn store() -> TempDir {
     TempDir::with_prefix("wrenn-objects-").unwrap()
 }
 
-fn with(store: &TempDir) -> impl FnOnce(&mut Config) {
-    let address = format!("file://{}", store.path().display());
-    move |config| config.objects = Some(objects::Config::parse(&address, []).unwrap())
+fn parse(store: &TempDir) -> objects::Config {
+    objects::Config::parse(&format!("file://{}", store.path().display()), []).unwrap()
+}
+
+fn with(store: &TempDir) -> impl FnOnce(&mut Config) + use<> {
+    let objects = parse(store);
+    move |config| config.objects = Some(objects)
 }
 
 /// A capsule that keeps a secret and is paused, and the secret.
@@ -150,4 +158,57 @@ async fn a_clean_up_that_fails_does_not_end_what_hibernates() {
     assert_eq!(host.sh(id, ASK).await, secret);
     host.forget(id).await;
     host.close().await;
+}
+
+#[tokio::test]
+async fn who_has_not_the_image_takes_it_too() {
+    let store = store();
+    let one = Host::open(with(&store)).await;
+    let (id, secret) = paused(&one).await;
+    let image = one.record(id)["image"].as_str().unwrap().to_owned();
+    one.resume(id).await.unwrap();
+    let request = SnapshotCapsuleRequest { id: id.to_string(), name: "ready".into(), ..Default::default() };
+    one.lifecycle().snapshot_capsule(request).await.unwrap();
+    one.pause(id).await.unwrap();
+    one.hibernate(id).await.unwrap();
+    let objects = Objects::open(&parse(&store)).unwrap();
+    while objects.manifest("templates/ready").await.unwrap().is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    // It was built elsewhere, so what it calls the same is another.
+    let two = Host::open(|config| {
+        with(&store)(config);
+        config.templates.clear();
+    })
+    .await;
+    assert!(!two.root().join("images").join(&image).exists());
+    two.adopt(id).await.unwrap();
+    assert_eq!(two.sh(id, ASK).await, secret);
+    let child = CapsuleId::random();
+    two.create(CapsuleSpec { image: "ready".into(), ..spec(child) }).await.unwrap();
+    assert_eq!(two.sh(child, ASK).await, secret);
+    two.destroy(child).await;
+    let images =
+        |host: &Host| fs::read_dir(host.root().join("images")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(images(&two).collect::<Vec<_>>(), [image.as_str()]);
+    assert_eq!(fs::read_dir(two.root().join("passing")).unwrap().count(), 0);
+    storage_is_clean(two.dir()).await;
+
+    // And back.
+    two.pause(id).await.unwrap();
+    two.hibernate(id).await.unwrap();
+    one.adopt(id).await.unwrap();
+    assert_eq!(one.sh(id, ASK).await, secret);
+    let collect = || objects.collect_unneeded(DIRECTORY, Duration::ZERO, Duration::from_secs(60), needed);
+    assert_eq!(collect().await.unwrap(), 0);
+    for host in [&one, &two] {
+        host.forget(id).await;
+        let request = DeleteTemplateRequest { name: "ready".into(), ..Default::default() };
+        host.lifecycle().delete_template(request).await.unwrap();
+    }
+    assert_eq!(collect().await.unwrap(), 1);
+    assert_eq!(objects.audit().await.unwrap().uploads, [""; 0]);
+    one.close().await;
+    two.close().await;
 }

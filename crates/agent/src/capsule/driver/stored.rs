@@ -116,7 +116,7 @@ impl Driver {
         let Base::Snapshot(saved) = &record.base else { return Err(remote::Error::Damaged("it has no snapshot")) };
         // What the record says of that was so once. A bucket may have been emptied, and a manifest that was on its way when
         // its upload was broken off may have come in place of ours.
-        if !remote::has(&objects, &record).await? {
+        if !remote::has(&self.host, &objects, &record).await? {
             if record.is_uploaded() {
                 warn!(capsule = %record.spec.id, "the object store does not have it any more");
                 // What is written next says it too.
