@@ -14,11 +14,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use api::CapsuleId;
 use disk::{Disks, ImageName};
 use serde::Serialize;
 use snapshot::{Header, Id, Snapshot, TEMPORARY};
 
-use crate::host::{BOOTS, CAPSULES, FORGOTTEN, PASSING, TEMPLATES, blocking};
+use crate::hibernated;
+use crate::host::{BOOTS, CAPSULES, FORGOTTEN, HIBERNATED, PASSING, TEMPLATES, blocking};
 
 /// Beside an agent that works, things are seen half-done. What is wrong is wrong when it is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
@@ -182,6 +184,9 @@ impl Walk {
         for path in entries(&walk.root.join(FORGOTTEN))? {
             walk.used(Kind::Other, &path)?;
         }
+        for path in entries(&walk.root.join(HIBERNATED))? {
+            walk.hibernated(&path)?;
+        }
         walk.images()?;
         // Last, because only now is it known what they are needed for.
         walk.generations()?;
@@ -191,7 +196,7 @@ impl Walk {
 
     /// The data directory, and that of the disks where it is another.
     fn top(&mut self, dir: &Path, beside: &BTreeSet<String>) -> Result<(), Error> {
-        let ours = [CAPSULES, TEMPLATES, PASSING, BOOTS, FORGOTTEN, IMAGES, GENERATIONS];
+        let ours = [CAPSULES, TEMPLATES, PASSING, BOOTS, FORGOTTEN, HIBERNATED, IMAGES, GENERATIONS];
         let root = self.root.clone();
         for path in entries(dir)?.into_iter().chain(if root == dir { Vec::new() } else { entries(&root)? }) {
             let name = name(&path);
@@ -206,6 +211,27 @@ impl Walk {
             }
         }
         Ok(())
+    }
+
+    /// The note of a capsule that hibernated.
+    fn hibernated(&mut self, path: &Path) -> Result<(), Error> {
+        if path.extension().is_some_and(|extension| extension == "new") {
+            let why = "a write that was not finished; the next start of the agent removes it";
+            return self.find(path, Kind::Other, Verdict::Garbage, why);
+        }
+        let Ok(id) = name(path).parse::<CapsuleId>() else {
+            return self.find(path, Kind::Other, Verdict::Foreign, "no capsule has this name");
+        };
+        match hibernated::read(path) {
+            Ok(note) if note.id() == id => self.used(Kind::Other, path),
+            Ok(_) => self.find(path, Kind::Other, Verdict::Broken, "it is of another capsule"),
+            // It was adopted or forgotten just now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => {
+                let why = format!("it cannot be read ({error}), so nobody is told that this capsule hibernated");
+                self.find(path, Kind::Other, Verdict::Broken, why)
+            }
+        }
     }
 
     /// The host removes what it was not told of when it is opened, so of several of one name at most the last stays.

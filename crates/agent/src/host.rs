@@ -32,6 +32,8 @@ pub(crate) const PASSING: &str = "passing";
 pub(crate) const BOOTS: &str = "boots";
 /// Has a file for each capsule that the object store is still to forget.
 pub(crate) const FORGOTTEN: &str = "forgotten";
+/// Has a file for each capsule that hibernated here.
+pub(crate) const HIBERNATED: &str = "hibernated";
 /// All directories whose directories may have headers.
 const DIRS: [&str; 4] = [CAPSULES, TEMPLATES, PASSING, BOOTS];
 
@@ -120,6 +122,8 @@ pub struct Host {
     pub admission: Admission,
     /// One for each upload that may be under way.
     pub uploads: Semaphore,
+    /// Held by who brings an image to the object store or from there.
+    pub image_turn: tokio::sync::Mutex<()>,
     /// 8 hex characters that name what is machine-wide (claims, cgroup, firewall table) after the data directory.
     pub instance: String,
 }
@@ -197,12 +201,10 @@ impl Host {
         if config.objects.is_none() {
             collect_images(disks.root(), &images).map_err(|source| Error::Dir(disks.images(), source))?;
         }
-        for dir in DIRS {
+        for dir in DIRS.into_iter().chain([FORGOTTEN, HIBERNATED]) {
             let dir = disks.root().join(dir);
             std::fs::create_dir_all(&dir).map_err(|source| Error::Dir(dir, source))?;
         }
-        let forgotten = disks.root().join(FORGOTTEN);
-        std::fs::create_dir_all(&forgotten).map_err(|source| Error::Dir(forgotten, source))?;
         let (memory, broken) = Store::open(disks.root(), headers(disks.root())).map_err(Error::Memory)?;
         // What is named only by what an unfinished write left was never there.
         for header in broken.into_iter().filter(|header| header.path.exists()) {
@@ -227,6 +229,7 @@ impl Host {
             boots,
             objects,
             uploads,
+            image_turn: tokio::sync::Mutex::default(),
             admission,
         })
     }
@@ -239,6 +242,16 @@ impl Host {
     /// The directory with a file for each capsule that the object store is still to forget.
     pub fn forgotten(&self) -> PathBuf {
         self.disks.root().join(FORGOTTEN)
+    }
+
+    /// The directory with a file for each capsule that hibernated here.
+    pub fn hibernated(&self) -> PathBuf {
+        self.disks.root().join(HIBERNATED)
+    }
+
+    /// Which object store there is, for records.
+    pub fn store(&self) -> Option<String> {
+        self.config.objects.as_ref().map(objects::Config::identity)
     }
 
     /// The imported image of that file name; whether it is there is not said.

@@ -11,14 +11,16 @@ pub mod egress;
 mod forgotten;
 mod fork;
 pub mod guest;
+mod hibernated;
 pub mod host;
+pub mod images;
 mod metrics;
 pub mod point;
 pub mod ports;
 mod rpc;
 mod templates;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
@@ -35,16 +37,20 @@ use futures::future::join_all;
 use tracing::{info, warn};
 
 use admission::Promise;
+use agent_api::CapsuleState;
 use boot::Boots;
+use capsule::record::{Journal, Phase};
 use capsule::recover::{self, recover};
-use capsule::{Handle, Spec, driver, record::Journal, remote};
+use capsule::release::release;
+use capsule::{Handle, Spec, driver, remote};
 pub use disk::Backend as DiskBackend;
 use host::Host;
 pub use host::{Config, SLOTS_READY, Sizes, VMM_USERS};
 use metrics::Metrics;
 use templates::Templates;
 
-/// How long the agent remembers a capsule that has ended, for callers that ask what became of it.
+/// How long the agent remembers a capsule that has ended, for callers that ask what became of it. One that hibernated is
+/// remembered until it is adopted or forgotten.
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How many of those at most; the oldest go first.
 const REMEMBER_MOST: usize = 1000;
@@ -81,6 +87,8 @@ pub struct Agent {
     capsules: Arc<Mutex<HashMap<CapsuleId, Entry>>>,
     templates: Arc<Templates>,
     metrics: Arc<Metrics>,
+    /// What is being taken from the object store.
+    adopting: Arc<Mutex<HashSet<CapsuleId>>>,
 }
 
 /// Why a capsule was not begun.
@@ -111,7 +119,7 @@ impl Agent {
             host.images.keys().for_each(|image| Boots::want(&host, image, sizes));
         }
         let (capsules, templates) = (Arc::new(Mutex::new(entries)), Arc::new(templates));
-        let agent = Self { host, capsules, templates, metrics: Arc::default() };
+        let agent = Self { host, capsules, templates, metrics: Arc::default(), adopting: Arc::default() };
         agent.upload_templates();
         Ok(agent)
     }
@@ -165,12 +173,54 @@ impl Agent {
         let generation = generation.max(self.capsule(id).map_or(0, |ended| ended.observed().generation));
         let agent = self.clone();
         let adopted = tokio::spawn(async move {
-            let journal = remote::adopt(&agent.host, id, generation).await?;
-            let handle = driver::spawn_paused(agent.host.clone(), journal);
-            agent.lock().insert(id, Entry { handle: handle.clone(), ended: None });
-            Ok(handle)
+            if !agent.lock_adopting().insert(id) {
+                return Err(remote::Error::Busy);
+            }
+            agent.clear_for(id).await;
+            let journal = remote::adopt(&agent.host, id, generation).await;
+            let handle = journal.map(|journal| driver::spawn_paused(agent.host.clone(), journal));
+            if let Ok(handle) = &handle {
+                agent.lock().insert(id, Entry { handle: handle.clone(), ended: None });
+                // Who starts after this and finds both goes by the capsule.
+                if let Err(error) = agent.host.drop_hibernated(id) {
+                    warn!(capsule = %id, %error, "it is here, and noted as one that hibernates");
+                }
+            }
+            agent.lock_adopting().remove(&id);
+            handle
         });
         adopted.await.expect("the work does not panic, and nobody aborts it")
+    }
+
+    fn lock_adopting(&self) -> std::sync::MutexGuard<'_, HashSet<CapsuleId>> {
+        self.adopting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what the capsule left behind when it hibernated here, if that can be now: it would be in the way.
+    async fn clear_for(&self, id: CapsuleId) {
+        let has_hibernated = |handle: Handle| handle.observed().state == CapsuleState::Hibernated;
+        let dir = self.host.capsules().join(id.to_string());
+        if !self.capsule(id).is_some_and(has_hibernated) || !dir.exists() {
+            return;
+        }
+        let mut journal = match Journal::open(dir.clone()) {
+            Ok(journal) if journal.as_ref().is_none_or(|journal| journal.record().phase == Phase::Stopping) => journal,
+            // It may be a capsule.
+            _ => return,
+        };
+        for error in release(&self.host, id, &dir, journal.as_mut()).await.err().unwrap_or_default() {
+            warn!(capsule = %id, error = chain(&error), "left behind when it hibernated, and still there");
+        }
+    }
+
+    /// Forgets that a capsule hibernated here: nobody will want it again.
+    fn forget_hibernated(&self, id: CapsuleId) -> io::Result<()> {
+        self.host.drop_hibernated(id)?;
+        let mut capsules = self.lock();
+        if capsules.get(&id).is_some_and(|entry| entry.handle.observed().state == CapsuleState::Hibernated) {
+            capsules.remove(&id);
+        }
+        Ok(())
     }
 
     fn has_image(&self, name: &str) -> bool {
@@ -211,6 +261,11 @@ impl Agent {
     fn sweep(&self) {
         let Some(objects) = self.host.objects.clone() else { return };
         tokio::spawn(async move {
+            let unneeded =
+                objects.collect_unneeded(images::DIRECTORY, SWEEP_GRACE, SWEEP_PATIENCE, images::needed).await;
+            if let Err(error) = unneeded {
+                warn!(error = chain(&error), "images that nothing needs stay in the object store for now");
+            }
             match objects.collect(SWEEP_GRACE, SWEEP_PATIENCE).await {
                 Ok(count) if count.objects > 0 => info!(?count, "removed from the object store"),
                 Ok(_) => {}
@@ -222,8 +277,11 @@ impl Agent {
     fn forget(&self, now: Instant) {
         let mut capsules = self.lock();
         let mut ended = Vec::new();
-        for (id, entry) in capsules.iter_mut().filter(|(_, entry)| entry.handle.observed().has_ended()) {
-            ended.push((*entry.ended.get_or_insert(now), *id));
+        for (id, entry) in capsules.iter_mut() {
+            let observed = entry.handle.observed();
+            if observed.has_ended() && observed.state != CapsuleState::Hibernated {
+                ended.push((*entry.ended.get_or_insert(now), *id));
+            }
         }
         ended.sort_unstable();
         let surplus = ended.len().saturating_sub(REMEMBER_MOST);

@@ -64,6 +64,7 @@ impl HostAgent for Agent {
             handle.destroy().await;
         }
         if request.forget {
+            self.forget_hibernated(id).map_err(not_noted)?;
             self.host.forget_upload(&remote::name(id)).await.map_err(not_noted)?;
         }
         Response::ok(DestroyCapsuleResponse::default())
@@ -260,7 +261,7 @@ fn refused(refused: Refused) -> ConnectError {
             None if error.is_damage() => ConnectError::data_loss(message),
             None => ConnectError::internal(message),
         },
-        Refused::Save(_) | Refused::Egress(_) => ConnectError::internal(message),
+        Refused::Save(_) | Refused::Egress(_) | Refused::Note(_) => ConnectError::internal(message),
     }
 }
 

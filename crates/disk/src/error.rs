@@ -90,8 +90,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// An image changed while it was being imported.
-    #[error("the image {} changed while it was read", .0.display())]
+    /// An image changed while it was being imported, or is not the one that it should be.
+    #[error("the image {} is not what it was, or should be", .0.display())]
     ImageChanged(PathBuf),
     /// `mkfs.xfs` could not be run.
     #[error("run mkfs.xfs (Debian package xfsprogs)")]

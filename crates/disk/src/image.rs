@@ -45,9 +45,18 @@ impl fmt::Display for ImageName {
     }
 }
 
-pub(crate) fn import(src: &Path, name: &ImageName, images: &Path, backend: Backend) -> Result<PathBuf, Error> {
+pub(crate) fn import(
+    src: &Path,
+    name: &ImageName,
+    expected: Option<&str>,
+    images: &Path,
+    backend: Backend,
+) -> Result<PathBuf, Error> {
     let file = File::open(src).map_err(Error::read(src))?;
     let digest = digest(&file).map_err(Error::read(src))?;
+    if expected.is_some_and(|expected| expected != digest) {
+        return Err(Error::ImageChanged(src.to_owned()));
+    }
     let path = images.join(format!("{name}-{digest}.img"));
     if fs::exists(&path).map_err(Error::write(&path))? {
         return Ok(path);

@@ -153,7 +153,13 @@ impl Disks {
     /// Takes a built image file into the `images` directory and returns its path there, which is made of `name` and
     /// its content. Taking the same content again changes nothing. Holes stay holes.
     pub fn import_image(&self, src: &Path, name: &ImageName) -> Result<PathBuf, Error> {
-        image::import(src, name, &self.images(), self.backend)
+        image::import(src, name, None, &self.images(), self.backend)
+    }
+
+    /// The same for an image of which it is known what [`import_image`](Self::import_image) says of its content.
+    /// [`Error::ImageChanged`] where it is not that.
+    pub fn import_known_image(&self, src: &Path, name: &ImageName, digest: &str) -> Result<PathBuf, Error> {
+        image::import(src, name, Some(digest), &self.images(), self.backend)
     }
 
     /// Makes `dest`, a disk that begins as `image`, in full or not at all. `dest` must not exist; its directory must. `size` in

@@ -233,6 +233,11 @@ fn the_same_content_is_one_image_wherever_its_holes_are() {
 
     // One byte, and a longer hole at the end, are each another image.
     File::options().write(true).open(&dense).unwrap().write_all_at(b"x", 5 * MIB).unwrap();
+    let known = path.file_stem().unwrap().to_str().unwrap().rsplit_once('-').unwrap().1;
+    assert_eq!(disks.import_known_image(&sparse, &base(), known).unwrap(), path);
+    let other = disks.import_known_image(&dense, &base(), known);
+    assert!(matches!(other, Err(Error::ImageChanged(_))), "{other:?}");
+    assert_eq!(fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
     assert_ne!(disks.import_image(&dense, &base()).unwrap(), path);
     File::options().write(true).open(&sparse).unwrap().set_len(9 * MIB).unwrap();
     assert_ne!(disks.import_image(&sparse, &base()).unwrap(), path);

@@ -180,6 +180,12 @@ pub const GRACE: Duration = Duration::from_secs(60);
 /// How long a fork may take to reach its host. It cannot be made again, and the last of many children waits for the others.
 pub const FORK_GRACE: Duration = Duration::from_secs(600);
 
+/// Whether a host's report is of the past. A host says of what hibernated there that it did until that is resumed there or
+/// forgotten, so of one that has gone on elsewhere since, which the higher generation tells, it has nothing to say.
+pub fn is_past(known: State, reported: HostState, generation: u64) -> bool {
+    reported == HostState::Hibernated && generation < known.generation
+}
+
 /// The word a client sees.
 pub fn status(desired: Desired, observed: Observed) -> Status {
     match (desired, observed) {
@@ -357,12 +363,9 @@ pub fn reconcile(state: State, origin: Origin, on_host: Option<HostState>, age: 
             | HostState::Uploaded
             | HostState::Resuming,
         ) => Action::Nothing,
-        // The object store is to forget it.
-        Some(HostState::Hibernated) | None
-            if state.desired == Desired::Stopped && state.observed == Observed::Hibernated =>
-        {
-            Action::Destroy
-        }
+        // The object store is to forget it, and its host that it was there.
+        Some(HostState::Hibernated) if state.desired == Desired::Stopped => Action::Destroy,
+        None if state.desired == Desired::Stopped && state.observed == Observed::Hibernated => Action::Destroy,
         Some(HostState::Stopping | HostState::Stopped | HostState::Failed | HostState::Hibernated) => Action::Nothing,
         None if wanted && state.observed == Observed::Unreported => match origin {
             Origin::Template if age >= GRACE => Action::Create,

@@ -339,6 +339,12 @@ fn what_was_uploaded_outlives_its_host() {
         assert_eq!(reconcile(unwanted, Origin::Fork, on_host, Duration::ZERO), Action::Destroy);
         assert_eq!(reconcile(state, Origin::Fork, on_host, FORK_GRACE), Action::Nothing);
     }
+    // One that ended elsewhere is forgotten where it hibernated, once its owner does not want it any more.
+    let stopped = State { observed: Observed::Stopped, ..unwanted };
+    assert_eq!(reconcile(stopped, Origin::Fork, Some(HostState::Hibernated), Duration::ZERO), Action::Destroy);
+    assert_eq!(reconcile(stopped, Origin::Fork, None, Duration::ZERO), Action::Nothing);
+    let failed = State { observed: Observed::Failed, ..state };
+    assert_eq!(reconcile(failed, Origin::Fork, Some(HostState::Hibernated), FORK_GRACE), Action::Nothing);
 }
 
 #[test]

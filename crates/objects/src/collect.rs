@@ -1,4 +1,4 @@
-//! Garbage: chunks that no manifest names.
+//! Garbage: chunks that no manifest names, and uploads that are there only for others.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use object_store::path::{Path, PathPart};
 
 use crate::lease::{Lease, Work};
 use crate::store::{CHUNKS, MANIFESTS};
-use crate::{Error, Hash, Objects};
+use crate::{Error, Hash, Manifest, Objects};
 
 /// Objects, and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -48,17 +48,60 @@ impl Objects {
     /// upload that was replaced had. Waits up to `patience` for uploads that are under way; those that come meanwhile
     /// wait. A manifest that cannot be read is an error, and everything stays, as nobody knows what it needs.
     pub async fn collect(&self, grace: Duration, patience: Duration) -> Result<Count, Error> {
+        self.alone(patience, |now| self.sweep(grace, now)).await
+    }
+
+    /// Removes the uploads in the directory `under` that none of the others needs and that are older than `grace`, and says
+    /// how many. `needs` says what an upload needs; where that is not known of one, `None`, all stay. Waits as
+    /// [`collect`](Self::collect), which removes what only they had.
+    pub async fn collect_unneeded(
+        &self,
+        under: &str,
+        grace: Duration,
+        patience: Duration,
+        needs: impl Fn(&Manifest) -> Option<Vec<String>>,
+    ) -> Result<usize, Error> {
+        let directory = self.manifest_path(under)?;
+        self.alone(patience, |now| async move {
+            let shared = self.list(&directory).await?;
+            let mut needed = HashSet::new();
+            for name in self.upload_names().await? {
+                let Some(manifest) = self.manifest(&name).await? else { continue };
+                match needs(&manifest) {
+                    Some(names) => needed.extend(names),
+                    None => return Ok(0),
+                }
+            }
+            let needed = needed.iter().map(|name| self.manifest_path(name)).collect::<Result<HashSet<_>, _>>()?;
+            let mut collected = 0;
+            for object in shared {
+                let age = (now.last_modified - object.last_modified).to_std().unwrap_or_default();
+                if !needed.contains(&object.location) && age >= grace {
+                    self.delete(&object.location).await?;
+                    collected += 1;
+                }
+            }
+            Ok(collected)
+        })
+        .await
+    }
+
+    /// Does `work`, which is told of something that was written just now, while nobody uploads.
+    async fn alone<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        patience: Duration,
+        work: impl FnOnce(ObjectMeta) -> F,
+    ) -> Result<T, Error> {
         let mut lease = Lease::take(self, Work::Collection, patience).await?;
         let now = lease.meta().await;
-        let collected = match now {
-            Ok(now) => lease.during(self.sweep(grace, now)).await,
+        let done = match now {
+            Ok(now) => lease.during(work(now)).await,
             Err(error) => Err(error),
         };
         lease.give_back().await;
-        collected
+        done
     }
 
-    /// `now` was written just now.
     async fn sweep(&self, grace: Duration, now: ObjectMeta) -> Result<Count, Error> {
         let chunks = self.list(&self.directory(CHUNKS)).await?;
         let mut named = HashSet::new();

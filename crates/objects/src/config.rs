@@ -61,6 +61,13 @@ impl Config {
         &self.address
     }
 
+    /// What tells one object store from another: the address, and where an endpoint is given, that. It has no secrets.
+    pub fn identity(&self) -> String {
+        let endpoints = self.environment.iter().filter(|(name, _)| name.starts_with("AWS_ENDPOINT"));
+        endpoints
+            .fold(self.address.trim_end_matches('/').to_owned(), |text, (_, endpoint)| format!("{text} at {endpoint}"))
+    }
+
     /// The environment that another process needs for the same object store. It has secrets.
     pub fn environment(&self) -> impl Iterator<Item = (&str, &str)> {
         self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str()))
@@ -127,6 +134,18 @@ mod tests {
         for address in ["", "/var/lib", "file://relative", "s3://", "s3:///prefix", "s3://b/a//b", "https://host/x"] {
             assert!(matches!(parse(address), Err(Error::Address(_))), "{address}");
         }
+    }
+
+    #[test]
+    fn stores_are_told_apart() {
+        let identity = |address: &str, environment: &[(&str, &str)]| {
+            let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            Config::parse(address, environment).unwrap().identity()
+        };
+        let (endpoint, secret) = (("AWS_ENDPOINT_URL", "http://one"), ("AWS_SECRET_ACCESS_KEY", "hush"));
+        assert_eq!(identity("s3://bucket/", &[secret]), "s3://bucket");
+        assert_eq!(identity("s3://bucket", &[endpoint, secret]), "s3://bucket at http://one");
+        assert_eq!(identity("file:///x", &[endpoint]), "file:///x");
     }
 
     #[test]

@@ -537,6 +537,11 @@ impl Driver {
         self.tell(CapsuleState::Running, String::new(), Some(running.guest.clone()));
     }
 
+    /// The reason that was published last.
+    fn reason(&self) -> String {
+        self.observed.borrow().reason.clone()
+    }
+
     fn publish(&mut self, state: CapsuleState, reason: String) {
         self.tell(state, reason, None);
     }
@@ -589,8 +594,9 @@ impl Driver {
         }
         // Who waits for its end may begin another.
         self.promise = None;
-        let state = if leftovers.is_empty() { last } else { CapsuleState::Failed };
-        self.publish(state, reason);
+        // What hibernates is in the object store, whatever became of what was here.
+        let is_last = leftovers.is_empty() || last == CapsuleState::Hibernated;
+        self.publish(if is_last { last } else { CapsuleState::Failed }, reason);
         info!(capsule = %id, "ended");
     }
 }

@@ -132,6 +132,9 @@ pub enum Refused {
     /// The object store could not be used.
     #[error("putting the capsule into the object store")]
     Remote(#[source] remote::Error),
+    /// That it hibernates could not be noted.
+    #[error("noting that the capsule hibernates")]
+    Note(#[source] std::io::Error),
     /// What it may reach outside could not be changed.
     #[error("changing what the capsule may reach")]
     Egress(#[source] egress::Error),
@@ -159,6 +162,17 @@ pub struct Handle {
 }
 
 impl Handle {
+    /// The way to a capsule that has ended, and has no driver.
+    pub fn of_ended(spec: Spec, observed: Observed) -> Self {
+        Self {
+            spec: Arc::new(spec),
+            traffic: Arc::default(),
+            commands: mpsc::channel(1).0,
+            destroyed: CancellationToken::new(),
+            observed: watch::channel(observed).1,
+        }
+    }
+
     /// What is true of the capsule now.
     pub fn observed(&self) -> Observed {
         self.observed.borrow().clone()

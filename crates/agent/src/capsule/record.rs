@@ -88,9 +88,12 @@ pub struct Record {
     /// The file name of the image under its disk, whose name says its content.
     #[serde(default)]
     pub image: Option<String>,
-    /// The snapshot of it that the object store has.
+    /// The snapshot of it that an object store has.
     #[serde(default)]
     pub uploaded: Option<u32>,
+    /// Which object store that is, as [`objects::Config::identity`].
+    #[serde(default)]
+    pub uploaded_to: Option<String>,
     /// Some of its memory is still in the object store; see [`super::remote`].
     #[serde(default)]
     pub is_remote: bool,
@@ -129,6 +132,7 @@ impl Journal {
             base: Base::Boot,
             image: None,
             uploaded: None,
+            uploaded_to: None,
             is_remote: false,
         };
         Self::create_with(dir, record)
@@ -179,6 +183,13 @@ impl Journal {
     /// Keeps the claim to the slot that the record names, or is about to.
     pub fn hold(&mut self, claim: Claim) {
         self.claim = Some(claim);
+    }
+
+    /// Forgets what an object store has, unless that is `store`. To be written with what is written next.
+    pub fn stored_in(&mut self, store: Option<&str>) {
+        if self.record.uploaded_to.as_deref() != store {
+            (self.record.uploaded, self.record.uploaded_to) = (None, None);
+        }
     }
 
     /// Forgets the slot, which is given back: soon it is another's. To be written with what is written next.

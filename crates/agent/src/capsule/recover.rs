@@ -11,6 +11,7 @@
 //! | paused | | paused; what still runs of it is ended |
 //! | resuming | | paused, with the disk that the pause had |
 //! | nothing: there is none | | given back |
+//! | nothing, or it is given back | there is a note of it | hibernated; any other makes the note void |
 //! | nothing that can be read | | left alone: it may be paused. Nothing of it runs, and the audit names it |
 
 use std::collections::HashSet;
@@ -96,6 +97,7 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         for error in stop(host, id, &dir, Some(journal)).await.err().unwrap_or_default() {
             error!(capsule = %id, error = crate::chain(&error), "left behind by an earlier run, and still there");
         }
+        journal.stored_in(host.store().as_deref());
         if let Err(error) = pause_again(journal) {
             error!(capsule = %id, %error, "a pause of an earlier run could not be recorded");
         }
@@ -146,7 +148,16 @@ pub async fn recover(host: &Arc<Host>) -> Result<Vec<(CapsuleId, Handle)>, Error
         info!(capsule = %id, "found a paused capsule");
         (id, spawn_paused(host.clone(), journal))
     });
-    Ok(running.chain(paused).collect())
+    let mut found: Vec<_> = running.chain(paused).collect();
+    for note in host.hibernated_notes().map_err(Error::Read)? {
+        let id = note.id();
+        if found.iter().any(|(here, _)| *here == id) {
+            host.drop_hibernated(id).map_err(Error::Read)?;
+        } else {
+            found.push((id, note.handle()));
+        }
+    }
+    Ok(found)
 }
 
 /// Makes the record say that the capsule is paused and nothing of it runs, after its disk was put back to what the pause

@@ -1,7 +1,7 @@
 //! A paused capsule in the object store: putting it there, and taking it from there.
 //!
 //! An upload is a manifest with the record, header, VMM state, disk and generations of a pause. The disk's chunks that the
-//! image has are not in it, so who adopts the capsule needs that image.
+//! image has are not in it, so who adopts the capsule needs that image, which is there too ([`crate::images`]).
 //!
 //! What is adopted is a paused capsule like any other, but for its memory: its directory has a directory [`files::REMOTE`]
 //! with the header and, for each generation that this host has not, a file that is filled as it is read
@@ -25,6 +25,7 @@ use super::files;
 use super::pager;
 use super::record::{Base, Journal, Phase, Record};
 use crate::host::{Host, blocking};
+use crate::images;
 
 /// Without a byte of the memory having come for so long, nobody waits for the rest.
 const STUCK: Duration = Duration::from_secs(60);
@@ -55,8 +56,8 @@ pub enum Error {
     /// What there is describes no capsule that can be resumed.
     #[error("what the object store has of the capsule is damaged: {0}")]
     Damaged(&'static str),
-    /// The image under its disk is not here.
-    #[error("this host has no image `{0}`, which the capsule was made from")]
+    /// The image under its disk is not here, and cannot come.
+    #[error("neither this host nor the object store has the image `{0}`, which it was made from")]
     NoImage(String),
     /// The disk could not be made or read.
     #[error("using the root disk")]
@@ -91,7 +92,7 @@ impl Error {
                 error,
                 objects::Error::Missing(_) | objects::Error::Damaged { .. } | objects::Error::Manifest { .. }
             ),
-            Self::Damaged(_) => true,
+            Self::Damaged(_) | Self::Disk(disk::Error::ImageChanged(_)) => true,
             _ => false,
         }
     }
@@ -115,12 +116,38 @@ pub async fn upload(host: &Host, objects: &Objects, dir: &Path, record: Record) 
     // A merge may replace the header and have its generations collected meanwhile.
     let held = host.memory.hold(&header).map_err(Error::Store)?;
     let sources = sources(host, dir, header, &files::state(saved.number), record.image.as_deref()).await?;
-    let id = record.spec.id;
+    let (id, image) = (record.spec.id, record.image.clone());
     let description = Description { capsule: record };
     let description = serde_json::to_vec(&description).expect("a record has only JSON types");
     let sent = objects.upload(&name(id), description, sources).await.map_err(Error::Objects)?;
     drop(held);
+    if let Some(image) = image {
+        images::upload(host, objects, &image).await?;
+    }
     Ok(sent)
+}
+
+/// The file name of the image under the disk of an upload, if that is a capsule's.
+pub fn image(manifest: &Manifest) -> Option<String> {
+    serde_json::from_slice::<Description>(&manifest.description).ok()?.capsule.image
+}
+
+/// Whether the object store has the pause that `record` describes, that and not an earlier one, and all that it needs.
+pub async fn has(host: &Host, objects: &Objects, record: &Record) -> Result<bool, Error> {
+    let manifest = match objects.manifest(&name(record.spec.id)).await {
+        // An upload replaces it.
+        Err(objects::Error::Manifest { .. }) => None,
+        manifest => manifest.map_err(Error::Objects)?,
+    };
+    let Some(manifest) = manifest else { return Ok(false) };
+    let is_ours = |Description { capsule }| capsule.spec.id == record.spec.id && capsule.base == record.base;
+    if !serde_json::from_slice(&manifest.description).is_ok_and(is_ours) {
+        return Ok(false);
+    }
+    match images::under(&manifest) {
+        Some(image) => images::upload(host, objects, &image).await,
+        None => Ok(true),
+    }
 }
 
 /// The files of what was saved in `dir`, whose header has to be held.
@@ -189,7 +216,7 @@ pub async fn adopt(host: &Arc<Host>, id: CapsuleId, generation: u64) -> Result<J
     record.phase = Phase::Starting;
     record.generation = record.generation.max(generation) + 1;
     (record.slot, record.vmm, record.pager) = (None, None, None);
-    record.uploaded = Some(saved.number);
+    (record.uploaded, record.uploaded_to) = (Some(saved.number), host.store());
     record.is_remote = true;
     let dir = host.capsules().join(id.to_string());
     let mut journal = Journal::create_with(dir.clone(), record).map_err(|error| match error.kind() {
@@ -248,15 +275,8 @@ pub async fn place(
     let disk = entry(manifest, files::DISK)?;
     if disk.chunks.contains(&Chunk::Base) {
         let image = image.ok_or(Error::Damaged("it has a disk over an image that it does not name"))?;
-        // It comes from elsewhere, and becomes a path.
-        if Path::new(image).file_name().is_none_or(|name| name != image) {
-            return Err(Error::Damaged("its image has a name that is not acceptable"));
-        }
-        let path = host.image_file(image);
-        if !path.exists() {
-            return Err(Error::NoImage(image.to_owned()));
-        }
-        host.clone_disk(&path, &rootfs).await.map_err(Error::Disk)?;
+        images::fetch(host, objects, image).await?;
+        host.clone_disk(&host.image_file(image), &rootfs).await.map_err(Error::Disk)?;
         let file = File::options().read(true).write(true).open(&rootfs).map_err(Error::Keep)?;
         objects.download(disk, file).await.map_err(Error::Objects)?;
     } else {

@@ -5,16 +5,17 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
-use objects::Objects;
+use objects::{Manifest, Objects};
 use tracing::{info, warn};
 
 use crate::Agent;
 use crate::capsule::files;
 use crate::capsule::remote::{self, Error};
 use crate::host::{Host, blocking};
+use crate::images;
 use crate::point::{self, Meta, Point};
 
-/// In the directory of a template that the object store has.
+/// In the directory of a template that an object store has: which one.
 pub const UPLOADED: &str = "uploaded";
 /// After an upload that failed, the next try comes this much later.
 const PAUSE: Duration = Duration::from_secs(60);
@@ -36,7 +37,7 @@ impl Agent {
     pub(crate) fn upload_template(&self, name: String, point: Arc<Point>) {
         let Some(objects) = self.host.objects.clone() else { return };
         self.host.drop_note(&self::name(&name));
-        if point.dir.join(UPLOADED).exists() {
+        if fs::read(point.dir.join(UPLOADED)).ok() == self.host.store().map(String::into_bytes) {
             return;
         }
         let host = self.host.clone();
@@ -86,8 +87,16 @@ async fn upload(host: &Host, objects: &Objects, template: &str, point: &Point) -
     let name = name(template);
     let sent = objects.upload(&name, description, sources).await.map_err(Error::Objects)?;
     drop(held);
+    if let Some(image) = &point.meta.image {
+        images::upload(host, objects, image).await?;
+    }
     info!(template, chunks = sent.chunks, bytes = sent.bytes, "uploaded");
-    fs::write(point.dir.join(UPLOADED), b"").map_err(Error::Keep)
+    fs::write(point.dir.join(UPLOADED), host.store().unwrap_or_default()).map_err(Error::Keep)
+}
+
+/// The file name of the image under the disk of an upload, if that is a template's.
+pub fn image(manifest: &Manifest) -> Option<String> {
+    serde_json::from_slice::<Meta>(&manifest.description).ok()?.image
 }
 
 /// Makes a template of the object store one of this host; `None` where there is none.
@@ -118,7 +127,7 @@ async fn adopt(host: &Arc<Host>, template: &str) -> Result<Option<Arc<Point>>, E
         let take = move || memory.adopt(&from.join(files::MEMORY), &from, &header);
         blocking(take).await.map_err(Error::Store)?;
         fs::remove_dir_all(&remote).map_err(Error::Keep)?;
-        fs::write(dir.join(UPLOADED), b"").map_err(Error::Keep)?;
+        fs::write(dir.join(UPLOADED), host.store().unwrap_or_default()).map_err(Error::Keep)?;
         let point = Point::made(&host.memory, dir.clone(), meta);
         point.keep().await.map_err(Error::Keep)?;
         Ok(point)

@@ -5,6 +5,7 @@ mod common;
 mod disks;
 mod endurance;
 mod held;
+mod hibernated;
 mod killed;
 mod pause;
 mod points;

@@ -107,7 +107,9 @@ async fn until(host: &Host, is_done: impl Fn() -> bool) {
 /// That the object store has nothing any more.
 async fn nothing_is_left(s3: &S3) {
     let objects = Objects::open(&config(s3)).unwrap();
-    objects.collect(Duration::ZERO, Duration::from_secs(60)).await.unwrap();
+    let (images, patience) = (agent::images::DIRECTORY, Duration::from_secs(60));
+    objects.collect_unneeded(images, Duration::ZERO, patience, agent::images::needed).await.unwrap();
+    objects.collect(Duration::ZERO, patience).await.unwrap();
     let audit = objects.audit().await.unwrap();
     assert!(audit.uploads.is_empty() && audit.used.objects == 0 && audit.garbage.objects == 0, "{audit:?}");
 }
@@ -160,6 +162,11 @@ async fn an_upload_reads_what_the_capsule_wrote_and_not_its_image() {
     host.sh(id, "head -c 8M /dev/urandom > /root/file; sync").await;
     let image = host.root().join("images").join(host.record(id)["image"].as_str().unwrap());
     let image = fs::metadata(image).unwrap().blocks() * 512;
+    // Which is uploaded once.
+    let other = CapsuleId::random();
+    host.create(spec(other)).await.unwrap();
+    host.pause(other).await.unwrap();
+    until_uploaded(&host, other).await;
     let before = bytes_read();
     host.pause(id).await.unwrap();
     until_uploaded(&host, id).await;
@@ -415,12 +422,13 @@ async fn what_cannot_be_adopted_is_told_and_leaves_nothing() {
         assert_eq!((two.holds(), two.generations()), (0, 0));
     }
     fs::write(&manifest, good).unwrap();
-    // A disk over an image that is not here.
+    // A disk over an image that is neither here nor there.
     let images = two.root().join("images");
     for image in fs::read_dir(&images).unwrap() {
         let path = image.unwrap().path();
         fs::rename(&path, path.with_extension("away")).unwrap();
     }
+    fs::remove_dir_all(s3.folder().join("fleet/manifests/images")).unwrap();
     let error = two.adopt(id).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::FailedPrecondition, "{error}");
     assert_eq!(two.holds(), 0);

@@ -47,8 +47,14 @@ pub async fn round(ctx: &Arc<Context>, strangers: &mut HashSet<CapsuleId>) -> Re
     // The order matters. What was alive before the listing and is not in it is gone; what is in it is judged by a row read
     // after it, which is there because rows are written before hosts are asked.
     let before = db::capsule::alive_on_any_team(&ctx.db, db::host::CONFIGURED).await?;
-    let reports: HashMap<CapsuleId, Report> =
+    let mut reports: HashMap<CapsuleId, Report> =
         ctx.host.list().await?.into_iter().map(|report| (report.id, report)).collect();
+    for capsule in &before {
+        let is_past = |report: &Report| lifecycle::is_past(capsule.life.state, report.state, report.generation);
+        if reports.get(&capsule.id).is_some_and(is_past) {
+            reports.remove(&capsule.id);
+        }
+    }
     let listed = db::capsule::these_any_team(&ctx.db, reports.keys().copied()).await?;
 
     let known: HashSet<CapsuleId> = listed.iter().map(|capsule| capsule.id).collect();

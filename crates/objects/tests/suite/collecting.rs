@@ -1,7 +1,7 @@
 use std::fs;
 use std::time::Duration;
 
-use objects::{CHUNK, Config, Error, Objects};
+use objects::{CHUNK, Config, Error, Manifest, Objects};
 
 use crate::world::{World, content};
 
@@ -162,4 +162,26 @@ async fn what_a_killed_process_left_is_soon_too_old_to_count() {
     world.objects.upload("one", Vec::new(), vec![world.file("file", &content(1, 1, 0))]).await.unwrap();
     world.objects.collect(Duration::ZERO, Duration::ZERO).await.unwrap();
     assert_eq!(world.chunks().len() as u64 * CHUNK, CHUNK);
+}
+
+#[tokio::test]
+async fn what_is_there_for_others_goes_when_none_of_them_needs_it() {
+    let world = World::folder();
+    let (used, unused, later) = ("images/used", "images/unused", "images/later");
+    for (index, name) in [used, unused, later].into_iter().enumerate() {
+        let source = world.file("image", &content(index as u8, 1, 0));
+        world.objects.upload(name, Vec::new(), vec![source]).await.unwrap();
+    }
+    world.objects.upload("capsules/a", used.into(), Vec::new()).await.unwrap();
+    let needs = |manifest: &Manifest| Some(vec![String::from_utf8(manifest.description.clone()).unwrap()]);
+    let needs = |manifest: &Manifest| if manifest.description.is_empty() { Some(Vec::new()) } else { needs(manifest) };
+    let collect = async |grace| world.objects.collect_unneeded("images", grace, Duration::ZERO, needs).await.unwrap();
+    assert_eq!(collect(Duration::from_secs(3600)).await, 0);
+    let nobody_knows = world.objects.collect_unneeded("images", Duration::ZERO, Duration::ZERO, |_| None);
+    assert_eq!(nobody_knows.await.unwrap(), 0);
+    assert_eq!(collect(Duration::ZERO).await, 2);
+    let mut left = world.objects.audit().await.unwrap().uploads;
+    left.sort();
+    assert_eq!(left, ["capsules/a", used]);
+    assert_eq!(fs::read_dir(world.folder.join("collections")).unwrap().count(), 0);
 }

@@ -1,6 +1,7 @@
 //! What a driver does with the object store: uploads what is paused, beside everything else, and takes over a memory that
 //! came from there.
 
+use std::io;
 use std::time::Duration;
 
 use agent_api::CapsuleState;
@@ -11,9 +12,10 @@ use tracing::{debug, info, warn};
 
 use super::{Driver, Life};
 use crate::capsule::pager;
-use crate::capsule::record::Base;
+use crate::capsule::record::{Base, Phase, Record};
 use crate::capsule::start::Running;
 use crate::capsule::{Refused, remote};
+use crate::hibernated::Note;
 
 /// After an upload that failed, the next try comes this much later, and each time twice that.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -66,50 +68,71 @@ impl Driver {
     /// Notes that the object store has the pause.
     pub(super) fn uploaded(&mut self, number: u32) {
         self.upload = None;
-        if let Err(error) = self.journal.commit(|record| record.uploaded = Some(number)) {
+        let store = self.host.store();
+        let uploaded = |record: &mut Record| (record.uploaded, record.uploaded_to) = (Some(number), store);
+        if let Err(error) = self.journal.commit(uploaded) {
             // It is uploaded again, which finds that all of it is there.
             self.upload_pause = longer(self.upload_pause);
             warn!(capsule = %self.journal.record().spec.id, %error, "an upload could not be recorded");
             return;
         }
         self.upload_pause = Duration::ZERO;
-        let reason = self.observed.borrow().reason.clone();
-        self.publish(CapsuleState::Paused, reason);
+        self.publish(CapsuleState::Paused, self.reason());
     }
 
     /// Gives back what a paused capsule takes here, once the object store has it. `None` when it did.
     pub(super) async fn hibernate(&mut self, done: oneshot::Sender<Result<(), Refused>>) -> Option<Life> {
         let id = self.journal.record().spec.id;
-        if !self.journal.record().is_uploaded() {
-            // One try of our own, whose outcome can be told.
-            self.stop_upload().await;
-            let Some(objects) = self.host.objects.clone() else {
-                let _ = done.send(Err(Refused::Remote(remote::Error::NoObjects)));
-                return Some(Life::Paused);
-            };
-            let uploaded = tokio::select! {
-                biased;
-                () = self.destroyed.cancelled() => return Some(Life::Paused),
-                uploaded = remote::upload(&self.host, &objects, self.journal.dir(), self.journal.record().clone()) => uploaded,
-            };
-            match (uploaded, &self.journal.record().base) {
-                (Ok(sent), Base::Snapshot(saved)) => {
-                    debug!(capsule = %id, ?sent, "uploaded");
-                    let number = saved.number;
-                    self.uploaded(number);
-                }
-                (Ok(_), _) => {}
-                (Err(error), _) => {
-                    warn!(capsule = %id, error = crate::chain(&error), "the capsule cannot hibernate");
-                    let _ = done.send(Err(Refused::Remote(error)));
-                    self.start_upload();
-                    return Some(Life::Paused);
-                }
-            }
+        let destroyed = self.destroyed.clone();
+        let stored = tokio::select! {
+            biased;
+            () = destroyed.cancelled() => return Some(Life::Paused),
+            stored = self.store() => stored.map_err(Refused::Remote),
+        };
+        if let Err(refused) = stored.and_then(|()| self.note_hibernation().map_err(Refused::Note)) {
+            warn!(capsule = %id, error = crate::chain(&refused), "the capsule cannot hibernate");
+            let _ = done.send(Err(refused));
+            return Some(Life::Paused);
         }
         self.end(CapsuleState::Hibernated, String::new()).await;
         let _ = done.send(Ok(()));
         None
+    }
+
+    /// Has the next agent tell that the capsule hibernates, and then take what is here for garbage.
+    fn note_hibernation(&mut self) -> io::Result<()> {
+        // What `end` says last, after that it is being given back.
+        let generation = self.journal.record().generation.max(self.observed.borrow().generation + 1) + 1;
+        self.host.note_hibernated(&Note::new(self.journal.record(), generation))?;
+        self.journal.commit(|record| record.phase = Phase::Stopping)
+    }
+
+    /// Sees to it that the object store has the pause.
+    async fn store(&mut self) -> Result<(), remote::Error> {
+        let objects = self.host.objects.clone().ok_or(remote::Error::NoObjects)?;
+        // One try of our own, whose outcome can be told.
+        self.stop_upload().await;
+        let record = self.journal.record().clone();
+        let Base::Snapshot(saved) = &record.base else { return Err(remote::Error::Damaged("it has no snapshot")) };
+        // What the record says of that was so once. A bucket may have been emptied, and a manifest that was on its way when
+        // its upload was broken off may have come in place of ours.
+        if !remote::has(&self.host, &objects, &record).await? {
+            if record.is_uploaded() {
+                warn!(capsule = %record.spec.id, "the object store does not have it any more");
+                // What is written next says it too.
+                let _ = self.journal.note(|record| record.uploaded = None);
+                self.publish(CapsuleState::Paused, self.reason());
+            }
+            if record.is_remote {
+                return Err(remote::Error::Incomplete);
+            }
+            let sent = remote::upload(&self.host, &objects, self.journal.dir(), record.clone()).await?;
+            debug!(capsule = %record.spec.id, ?sent, "uploaded");
+        }
+        if !self.journal.record().is_uploaded() {
+            self.uploaded(saved.number);
+        }
+        Ok(())
     }
 
     /// Waits until all of the memory has come, where some of it is in the object store.

@@ -179,3 +179,35 @@ async fn a_template_that_was_never_finished_is_garbage_in_due_time() {
     assert_eq!(world.agent.templates(), ["tpl-making"]);
     assert!(db::garbage::due(&world.ctx.db, db::host::CONFIGURED).await.unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn what_hibernated_while_nobody_looked_is_known_and_what_went_on_elsewhere_is_not_confused() {
+    let mut world = World::new().await;
+    let capsule = world.row().await;
+    // It was paused when it was last heard of, and then its host was asked to let go of it and nobody heard the answer.
+    for (state, generation, then) in [
+        (CapsuleState::CAPSULE_STATE_PAUSED, 4, Observed::Paused),
+        (CapsuleState::CAPSULE_STATE_HIBERNATED, 6, Observed::Hibernated),
+        (CapsuleState::CAPSULE_STATE_RUNNING, 9, Observed::Running),
+        // It runs elsewhere, and this host says what it said before.
+        (CapsuleState::CAPSULE_STATE_HIBERNATED, 6, Observed::Missing),
+        (CapsuleState::CAPSULE_STATE_RUNNING, 9, Observed::Running),
+    ] {
+        world.agent.put(capsule.id, state, generation);
+        world.round().await;
+        assert_eq!(world.state(&capsule).await.observed, then, "{state:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_wanted_is_forgotten_where_it_hibernated() {
+    let mut world = World::new().await;
+    let capsule = world.row().await;
+    let state = State { desired: lifecycle::Desired::Stopped, observed: Observed::Stopped, generation: 9 };
+    let life = Life { state, ..capsule.life.clone() };
+    assert!(db::capsule::advance(&world.ctx.db, &capsule, &life).await.unwrap());
+    world.agent.put(capsule.id, CapsuleState::CAPSULE_STATE_HIBERNATED, 6);
+    world.round().await;
+    assert_eq!(*world.agent.destroys().borrow(), 1);
+    assert_eq!(world.state(&capsule).await, state);
+}
