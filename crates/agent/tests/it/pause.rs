@@ -360,7 +360,7 @@ async fn written_by_a_pause(host: &Host, memory_mib: u32) -> (u64, u64) {
     host.sh(id, "dd if=/dev/urandom of=/dev/shm/m bs=1M count=32 conv=notrunc 2> /dev/null").await;
     let (dump, mut dumped) = (dump(host, id), 0);
     let mut pause = Box::pin(host.pause(id));
-    while let Err(_) = tokio::time::timeout(Duration::from_millis(1), &mut pause).await.map(Result::unwrap) {
+    while tokio::time::timeout(Duration::from_millis(1), &mut pause).await.map(Result::unwrap).is_err() {
         dumped = fs::metadata(&dump).map_or(0, |file| file.blocks() * 512).max(dumped);
     }
     drop(pause);
