@@ -59,7 +59,7 @@ async fn storage_is_clean(dir: &Path) {
 }
 
 #[tokio::test]
-async fn what_hibernated_is_listed_until_it_is_adopted_or_forgotten() {
+async fn what_hibernated_is_listed_until_it_is_adopted_or_destroyed() {
     let store = store();
     let mut host = Host::open(with(&store)).await;
     let (id, secret) = paused(&host).await;
@@ -86,11 +86,17 @@ async fn what_hibernated_is_listed_until_it_is_adopted_or_forgotten() {
     host = Host::open_in(host.leave().await, with(&store)).await;
     assert_eq!(list(&host).await, []);
 
-    host.adopt(id).await.unwrap();
-    host.pause(id).await.unwrap();
-    host.hibernate(id).await.unwrap();
-    host.forget(id).await;
-    assert_eq!(list(&host).await, []);
+    for is_forgotten in [false, true] {
+        host.adopt(id).await.unwrap();
+        host.pause(id).await.unwrap();
+        host.hibernate(id).await.unwrap();
+        match is_forgotten {
+            // This host has nothing more to say of it; the object store has it still.
+            false => host.destroy(id).await,
+            true => host.forget(id).await,
+        }
+        assert_eq!(list(&host).await, []);
+    }
     host = Host::open_in(host.leave().await, with(&store)).await;
     assert_eq!(list(&host).await, []);
     host.close().await;
