@@ -1,7 +1,7 @@
 //! Capsules that hibernated: the object store has them, and nobody else.
 //!
 //! A file notes each, and is durable before anything of the capsule goes: whoever was to be told may be away for long, and
-//! without a report a capsule is missing. It stays until the capsule is adopted here or forgotten. Where another host has
+//! without a report a capsule is missing. It stays until the capsule is adopted here or destroyed. Where another host has
 //! adopted it, that host's reports have higher generations, by which this one is known to be of the past.
 //!
 //! A note counts for nothing beside a capsule that is here: it did not hibernate after all, or has been adopted since.

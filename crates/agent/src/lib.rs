@@ -50,7 +50,7 @@ use metrics::Metrics;
 use templates::Templates;
 
 /// How long the agent remembers a capsule that has ended, for callers that ask what became of it. One that hibernated is
-/// remembered until it is adopted or forgotten.
+/// remembered until it is adopted or destroyed.
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How many of those at most; the oldest go first.
 const REMEMBER_MOST: usize = 1000;
@@ -213,7 +213,7 @@ impl Agent {
         }
     }
 
-    /// Forgets that a capsule hibernated here: nobody will want it again.
+    /// Forgets that a capsule hibernated here: nobody wants it again, or not of this host.
     fn forget_hibernated(&self, id: CapsuleId) -> io::Result<()> {
         self.host.drop_hibernated(id)?;
         let mut capsules = self.lock();

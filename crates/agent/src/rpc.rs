@@ -63,8 +63,8 @@ impl HostAgent for Agent {
         if let Some(handle) = self.capsule(id) {
             handle.destroy().await;
         }
+        self.forget_hibernated(id).map_err(not_noted)?;
         if request.forget {
-            self.forget_hibernated(id).map_err(not_noted)?;
             self.host.forget_upload(&remote::name(id)).await.map_err(not_noted)?;
         }
         Response::ok(DestroyCapsuleResponse::default())

@@ -181,7 +181,7 @@ pub const GRACE: Duration = Duration::from_secs(60);
 pub const FORK_GRACE: Duration = Duration::from_secs(600);
 
 /// Whether a host's report is of the past. A host says of what hibernated there that it did until that is resumed there or
-/// forgotten, so of one that has gone on elsewhere since, which the higher generation tells, it has nothing to say.
+/// destroyed, so of one that has gone on elsewhere since, which the higher generation tells, it has nothing to say.
 pub fn is_past(known: State, reported: HostState, generation: u64) -> bool {
     reported == HostState::Hibernated && generation < known.generation
 }

@@ -92,6 +92,8 @@ async fn everything_in_a_data_directory_is_accounted_for() {
         (at.join("generations/.tmp-0123456789abcdef0123456789abcdef"), "half"),
         (at.join(format!("images/minimal-{digest}.img")), "old"),
         (at.join("images/notes"), "mine"),
+        (at.join("hibernated/notes"), "mine"),
+        (at.join(format!("hibernated/{lost}.new")), "half"),
         (at.join("templates/notes"), "mine"),
         (capsule(ids[1]).join("notes"), "mine"),
         (capsule(ids[1]).join("disk-99"), "old"),
@@ -128,6 +130,8 @@ async fn everything_in_a_data_directory_is_accounted_for() {
         ("generations/.tmp-0123456789abcdef0123456789abcdef".into(), Kind::Generation, kind),
         (format!("images/minimal-{digest}.img"), Kind::Image, kind),
         ("images/notes".into(), Kind::Image, Verdict::Foreign),
+        ("hibernated/notes".into(), Kind::Other, Verdict::Foreign),
+        (format!("hibernated/{lost}.new"), Kind::Other, kind),
         ("passing/some".into(), Kind::Point, kind),
         ("templates/notes".into(), Kind::Point, Verdict::Foreign),
     ];

@@ -49,6 +49,18 @@ async fn until_uploaded(host: &Host, id: CapsuleId) {
     }
 }
 
+async fn until_there(manifest: &Path) {
+    while !manifest.exists() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Makes the template `ready` of a capsule that runs.
+async fn make_template(host: &Host, id: CapsuleId) {
+    let request = SnapshotCapsuleRequest { id: id.to_string(), name: "ready".into(), ..Default::default() };
+    host.lifecycle().snapshot_capsule(request).await.unwrap();
+}
+
 async fn list(host: &Host) -> Vec<Capsule> {
     host.lifecycle().list_capsules(ListCapsulesRequest::default()).await.unwrap().into_owned().capsules
 }
@@ -59,7 +71,7 @@ async fn storage_is_clean(dir: &Path) {
 }
 
 #[tokio::test]
-async fn what_hibernated_is_listed_until_it_is_adopted_or_forgotten() {
+async fn what_hibernated_is_listed_until_it_is_adopted_or_destroyed() {
     let store = store();
     let mut host = Host::open(with(&store)).await;
     let (id, secret) = paused(&host).await;
@@ -86,11 +98,17 @@ async fn what_hibernated_is_listed_until_it_is_adopted_or_forgotten() {
     host = Host::open_in(host.leave().await, with(&store)).await;
     assert_eq!(list(&host).await, []);
 
-    host.adopt(id).await.unwrap();
-    host.pause(id).await.unwrap();
-    host.hibernate(id).await.unwrap();
-    host.forget(id).await;
-    assert_eq!(list(&host).await, []);
+    for is_forgotten in [false, true] {
+        host.adopt(id).await.unwrap();
+        host.pause(id).await.unwrap();
+        host.hibernate(id).await.unwrap();
+        match is_forgotten {
+            // This host has nothing more to say of it; the object store has it still.
+            false => host.destroy(id).await,
+            true => host.forget(id).await,
+        }
+        assert_eq!(list(&host).await, []);
+    }
     host = Host::open_in(host.leave().await, with(&store)).await;
     assert_eq!(list(&host).await, []);
     host.close().await;
@@ -101,7 +119,12 @@ async fn nothing_goes_that_the_object_store_of_now_has_not() {
     let (one, two) = (store(), store());
     let host = Host::open(with(&one)).await;
     let (id, secret) = paused(&host).await;
+    host.resume(id).await.unwrap();
+    make_template(&host, id).await;
+    host.pause(id).await.unwrap();
     until_uploaded(&host, id).await;
+    let template = |store: &TempDir| store.path().join("manifests/templates/ready");
+    until_there(&template(&one)).await;
 
     // Without one, nobody has it but this host.
     let host = Host::open_in(host.leave().await, |_| {}).await;
@@ -116,6 +139,7 @@ async fn nothing_goes_that_the_object_store_of_now_has_not() {
     assert!(!host.listed(id).await.uploaded || manifest.exists());
     host.hibernate(id).await.unwrap();
     assert!(manifest.exists(), "it is nowhere");
+    until_there(&template(&two)).await;
     host.adopt(id).await.unwrap();
     assert_eq!(host.sh(id, ASK).await, secret);
 
@@ -167,14 +191,11 @@ async fn who_has_not_the_image_takes_it_too() {
     let (id, secret) = paused(&one).await;
     let image = one.record(id)["image"].as_str().unwrap().to_owned();
     one.resume(id).await.unwrap();
-    let request = SnapshotCapsuleRequest { id: id.to_string(), name: "ready".into(), ..Default::default() };
-    one.lifecycle().snapshot_capsule(request).await.unwrap();
+    make_template(&one, id).await;
     one.pause(id).await.unwrap();
     one.hibernate(id).await.unwrap();
     let objects = Objects::open(&parse(&store)).unwrap();
-    while objects.manifest("templates/ready").await.unwrap().is_none() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    until_there(&store.path().join("manifests/templates/ready")).await;
 
     // It was built elsewhere, so what it calls the same is another.
     let two = Host::open(|config| {
