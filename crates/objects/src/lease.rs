@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use object_store::ObjectMeta;
 use object_store::path::Path;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::{Error, Objects};
@@ -65,6 +66,8 @@ pub(crate) struct Lease {
     renewed: Instant,
     /// What the store had of it then.
     written: Option<ObjectMeta>,
+    /// What is on its way to the store comes there also when nobody waits for it any more, and it is removed after that.
+    writing: Option<JoinHandle<Result<(), Error>>>,
     /// It has to last until it is too old if nobody gives it back.
     is_left: bool,
 }
@@ -77,7 +80,8 @@ impl Lease {
         getrandom::fill(&mut name).map_err(Error::Random)?;
         let path = objects.directory(work.directory()).join(hex::encode(name));
         let deadline = Instant::now() + patience;
-        let mut lease = Self { objects: objects.clone(), path, renewed: Instant::now(), written: None, is_left: false };
+        let objects = objects.clone();
+        let mut lease = Self { objects, path, renewed: Instant::now(), written: None, writing: None, is_left: false };
         loop {
             lease.renewed = Instant::now();
             lease.written = Some(lease.write().await?);
@@ -89,7 +93,7 @@ impl Lease {
                 return Err(work.other().in_the_way());
             }
             if work == Work::Upload {
-                objects.delete(&lease.path).await?;
+                lease.objects.delete(&lease.path).await?;
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -117,9 +121,21 @@ impl Lease {
     }
 
     /// Writes its object. What the store has of it then.
-    async fn write(&self) -> Result<ObjectMeta, Error> {
-        self.objects.put(&self.path, Vec::new()).await?;
+    async fn write(&mut self) -> Result<ObjectMeta, Error> {
+        // One that was not waited for must not come after this.
+        let _ = self.written().await;
+        let (objects, path) = (self.objects.clone(), self.path.clone());
+        self.writing = Some(tokio::spawn(async move { objects.put(&path, Vec::new()).await }));
+        self.written().await?;
         self.meta().await
+    }
+
+    /// Waits for what is on its way to the store.
+    async fn written(&mut self) -> Result<(), Error> {
+        let Some(writing) = &mut self.writing else { return Ok(()) };
+        let done = writing.await.expect("the write does not panic, and nobody aborts it");
+        self.writing = None;
+        done
     }
 
     /// Writes it again, unless it has lapsed: after that it would look as if it had not.
@@ -184,6 +200,7 @@ impl Lease {
     /// Ends it. What cannot be removed does not count for long.
     pub(crate) async fn give_back(mut self) {
         self.is_left = true;
+        let _ = self.written().await;
         if let Err(error) = self.objects.delete(&self.path).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "a lease stays until it is too old");
         }
@@ -197,8 +214,12 @@ impl Drop for Lease {
         }
         // Without a runtime it stays until it is too old.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let (objects, path) = (self.objects.clone(), self.path.clone());
+            let (objects, path, writing) = (self.objects.clone(), self.path.clone(), self.writing.take());
             runtime.spawn(async move {
+                if let Some(writing) = writing {
+                    // However it ends.
+                    let _ = writing.await;
+                }
                 if let Err(error) = objects.delete(&path).await {
                     tracing::debug!(error = &error as &dyn std::error::Error, "a lease stays until it is too old");
                 }

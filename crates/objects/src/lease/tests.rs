@@ -5,7 +5,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 /// A lease, and the folder that it is in.
 async fn lease() -> (Lease, tempfile::TempDir) {
-    let dir = tempfile::TempDir::with_prefix("wrenn-objects-").unwrap();
+    let dir = tempfile::TempDir::with_prefix("objects-test-").unwrap();
     let config = Config::parse(&format!("file://{}", dir.path().display()), []).unwrap();
     let lease = Lease::take(&Objects::open(&config).unwrap(), Work::Upload, Duration::ZERO).await;
     (lease.unwrap(), dir)
@@ -55,4 +55,24 @@ async fn what_another_has_removed_is_not_written_again() {
     let (lease, _dir) = lease().await;
     lease.objects.delete(&lease.path).await.unwrap();
     assert!(is_lapsed(lease).await);
+}
+
+#[tokio::test]
+async fn one_that_is_broken_off_while_it_is_taken_is_given_back() {
+    let dir = tempfile::TempDir::with_prefix("objects-test-").unwrap();
+    let config = Config::parse(&format!("file://{}", dir.path().display()), []).unwrap();
+    let objects = Objects::open(&config).unwrap();
+    // As far as each of its first steps.
+    for micros in (0..6_000).step_by(20) {
+        let take = Lease::take(&objects, Work::Upload, Duration::ZERO);
+        let _ = tokio::time::timeout(Duration::from_micros(micros), take).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let uploads = dir.path().join(Work::Upload.directory());
+    let gone = async {
+        while std::fs::read_dir(&uploads).unwrap().next().is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("each is removed after it was written");
 }
