@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
@@ -54,6 +54,9 @@ impl World {
     /// Also hands out what datagrams to the server say.
     fn new() -> (Self, Receiver<String>) {
         // What a run left that was killed.
+        for left in [&["netns", "del", MACHINE][..], &["netns", "del", INTERNET], &["link", "del", "hostile-api"]] {
+            let _ = Command::new("ip").args(left).stderr(Stdio::null()).status();
+        }
         sh(&format!(
             "for name in {MACHINE} {INTERNET}; do ip netns del $name 2>/dev/null; done; ip link del hostile-api 2>/dev/null; true"
         ));
