@@ -58,9 +58,6 @@ impl World {
             let _ = Command::new("ip").args(left).stderr(Stdio::null()).status();
         }
         sh(&format!(
-            "for name in {MACHINE} {INTERNET}; do ip netns del $name 2>/dev/null; done; ip link del hostile-api 2>/dev/null; true"
-        ));
-        sh(&format!(
             "ip netns add {MACHINE}; ip netns add {INTERNET}
              ip link add hostile-api type veth peer name api0 netns {MACHINE}
              ip addr add 198.18.0.1/30 dev hostile-api; ip link set hostile-api up
